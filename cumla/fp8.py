@@ -1,0 +1,180 @@
+"""FP8 numbers: e4m3 values, UE8M0 scales and the named rules by which a tile gets its scale.
+
+This is the NumPy definition, vectorised, that kernels are held against byte for byte.
+
+e4m3 ("e4m3fn"): 1 sign, 4 exponent (bias 7), 3 mantissa bits, no infinity, NaN = 0x7F and 0xFF,
+largest value 448, smallest subnormal 2**-9 (OCP 8-bit Floating Point Specification 1.0).
+UE8M0: one byte e for the power of two 2**(e - 127), NaN = 255 (OCP Microscaling Formats 1.0).
+
+bf16 has the exponent range of float32 and its upper 16 bits, which the bit arithmetic below uses.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+Bytes = NDArray[np.uint8]
+Float32 = NDArray[np.float32]
+ScaleRule = Literal["flashmla", "v4", "raw"]
+SCALE_RULES: tuple[ScaleRule, ...] = ("flashmla", "v4", "raw")
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+E4M3_MAX = np.float32(448.0)
+E4M3_NAN = np.uint8(0x7F)
+UE8M0_NAN = np.uint8(0xFF)
+
+# The scale rules' floors: FlashMLA's test quantiser clamps the scale, DeepSeek-V4's clamps amax.
+_FLASHMLA_MIN_SCALE = np.float32(1e-4)
+_V4_MIN_AMAX = np.float32(1e-4)
+# An all-zero tile must not divide 0 by 0: the least normal float32 stands in, as vLLM's writer does.
+_RAW_MIN_SCALE = np.finfo(np.float32).tiny
+
+_BF16_ABS = np.uint16(0x7FFF)
+_BF16_INF = np.uint16(0x7F80)
+_BF16_MAX_FINITE = np.uint16(0x7F7F)
+
+
+def _e4m3_table() -> Float32:
+    code = np.arange(256)
+    exponent, mantissa = (code >> 3) & 15, code & 7
+    magnitude = np.where(
+        exponent == 0,
+        mantissa * 2.0**-9,
+        (8 + mantissa) * np.exp2(exponent - 10.0),
+    )
+    magnitude[(code & 0x7F) == 0x7F] = np.nan
+    return np.where(code & 0x80, -magnitude, magnitude).astype(np.float32)
+
+
+E4M3_TABLE: Float32 = _e4m3_table()
+"""float32 [256]: the value of every e4m3 code."""
+E4M3_TABLE.flags.writeable = False
+
+
+def _ue8m0_table() -> Float32:
+    with np.errstate(over="ignore"):
+        table = np.exp2(np.arange(256) - 127.0).astype(np.float32)
+    table[UE8M0_NAN] = np.nan
+    return table
+
+
+UE8M0_TABLE: Float32 = _ue8m0_table()
+"""float32 [256]: the power of two behind every UE8M0 byte."""
+UE8M0_TABLE.flags.writeable = False
+
+
+def decode_e4m3(codes: Bytes, out: Float32 | None = None) -> Float32:
+    """The values of e4m3 `codes` (uint8, any shape) as float32, exactly; NaN codes give NaN."""
+    # mode="clip" never clips a uint8; it spares np.take the copy that "raise" makes of `out`.
+    return np.take(E4M3_TABLE, codes, out=out, mode="clip")
+
+
+def encode_e4m3(values: Float32) -> Bytes:
+    """float32 `values` (any shape) as e4m3 codes.
+
+    Rounds to nearest, ties to even; saturates, infinities included, to +-448; NaN gives 0x7F
+    (PTX `cvt.rn.satfinite.e4m3x2.f32`).
+    """
+    magnitude = np.minimum(np.abs(values), E4M3_MAX)
+    bits = magnitude.view(np.uint32)
+    # A float32 with 20 more in its exponent has 2**(e - 3) as its last place: adding it to the
+    # magnitude rounds that to three mantissa bits, ties to even. 121 = 127 - 6 is the exponent
+    # below which e4m3 is subnormal and its last place stays 2**-9.
+    exponent = np.maximum(bits >> 23, np.uint32(121))
+    shifter = (exponent + np.uint32(20)) << 23
+    shifter = np.add(magnitude, shifter.view(np.float32)).view(np.uint32)
+    # The low bits now count last places: 8..16 for a normal number, 0..8 for a subnormal one. A
+    # carry to 16 or 8 runs into the exponent field, as it should.
+    code = ((exponent - np.uint32(121)) << 3) + (shifter & np.uint32(0x1F))
+    code |= (values.view(np.uint32) >> 24) & np.uint32(0x80)
+    result: Bytes = code.astype(np.uint8)
+    unordered = np.isnan(magnitude)
+    if unordered.any():
+        result[unordered] = E4M3_NAN
+    return result
+
+
+def decode_ue8m0(codes: Bytes) -> Float32:
+    """The powers of two behind UE8M0 `codes` (uint8, any shape) as float32; 255 gives NaN."""
+    return UE8M0_TABLE[codes]
+
+
+def encode_ue8m0(scales: Float32) -> Bytes:
+    """The UE8M0 bytes of power-of-two float32 `scales`; anything else than 2**-127..2**127 gives NaN (255)."""
+    mantissa, exponent = np.frexp(scales)
+    # frexp gives 0.5 for a power of two, so the unbiased exponent is one lower.
+    code = exponent + 126
+    valid = (mantissa == 0.5) & (code >= 0) & (code < 255)
+    return np.where(valid, code, UE8M0_NAN).astype(np.uint8)
+
+
+def ceil_power_of_two(values: Float32) -> Float32:
+    """The least power of two >= each positive, normal float32 in `values`, by bit arithmetic."""
+    bits = values.view(np.uint32)
+    exponent = (bits + np.uint32(0x7FFFFF)) & np.uint32(0x7F800000)
+    return exponent.view(np.float32)
+
+
+def tile_amax(tiles: NDArray[Any]) -> Float32:
+    """max |x| over the last axis of bf16 `tiles`, as float32.
+
+    NaN elements do not count (CUDA's fmaxf), and an infinity counts as the largest finite bf16,
+    so that one bad element neither destroys nor rescales its tile beyond what bf16 can hold.
+    """
+    magnitude = tiles.view(np.uint16) & _BF16_ABS
+    peak = magnitude.max(axis=-1)
+    if (peak >= _BF16_INF).any():
+        magnitude[magnitude > _BF16_INF] = 0
+        peak = np.minimum(magnitude.max(axis=-1), _BF16_MAX_FINITE)
+    return peak.view(BF16).astype(np.float32)
+
+
+def tile_scale(amax: Float32, rule: ScaleRule) -> Float32:
+    """The scale of a tile whose largest magnitude is `amax` (float32, any shape).
+
+    - "flashmla": 2**ceil(log2(max(amax / 448, 1e-4))), so at least 2**-13 (FlashMLA's quantiser);
+    - "v4": 2**ceil(log2(max(amax, 1e-4) / 448)), so at least 2**-22 (DeepSeek-V4, vLLM, SGLang);
+    - "raw": max(amax / 448, 2**-126), not a power of two (vLLM's V3.2 writer).
+    """
+    if rule == "flashmla":
+        return ceil_power_of_two(np.maximum(amax / E4M3_MAX, _FLASHMLA_MIN_SCALE))
+    if rule == "v4":
+        return ceil_power_of_two(np.maximum(amax, _V4_MIN_AMAX) / E4M3_MAX)
+    return np.maximum(amax / E4M3_MAX, _RAW_MIN_SCALE)
+
+
+def encode_tiles(tiles: NDArray[Any], rule: ScaleRule) -> tuple[Bytes, Float32]:
+    """Encode bf16 `tiles` [..., tile] under one scale each.
+
+    Returns the e4m3 codes (uint8, same shape) of x / scale, and the scales (float32, [...]).
+    """
+    scales = tile_scale(tile_amax(tiles), rule)
+    scaled = tiles.astype(np.float32)
+    # x / s overflows only for an infinite x under a tiny scale, where satfinite is meant.
+    with np.errstate(over="ignore"):
+        scaled /= scales[..., None]
+    return encode_e4m3(scaled), scales
+
+
+def decode_tiles(codes: Bytes, scales: Float32, out: Float32) -> None:
+    """Decode e4m3 `codes` [..., tile] under float32 `scales` [...] into `out`, float32 [..., tile].
+
+    The value is bf16(code * bf16(scale)): the scale is rounded to bf16 and then the product, each
+    once and to nearest even, as a kernel does that multiplies in bf16. Each result is a bf16
+    number held in float32.
+    """
+    decode_e4m3(codes, out=out)
+    rounded = scales.astype(BF16).astype(np.float32)
+    np.multiply(out, rounded[..., None], out=out)
+    # code * bf16(scale) has at most 12 significant bits, so float32 holds it exactly. It is a bf16
+    # number already when the scale is a power of two in 2**-117..2**118, where no product of a
+    # code leaves the normal numbers.
+    bits = rounded.view(np.uint32) & np.uint32(0x7FFFFFFF)
+    exact = ((bits & np.uint32(0x7FFFFF)) == 0) & (bits >= 10 << 23) & (bits < 246 << 23)
+    if not exact.all():
+        with np.errstate(over="ignore"):
+            np.copyto(out, out.astype(BF16))
