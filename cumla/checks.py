@@ -1,7 +1,7 @@
-"""How cumla refuses bad input: one sentence that names the argument, the value, the rule and the way out.
+"""How cumla refuses bad input: it names the argument, the value, the rule and the way out.
 
 Every public function checks all of its arguments with these before it writes anything. A wrong
-value raises `ArgumentError` (a ValueError), a wrong type or dtype `ArgumentTypeError` (a TypeError).
+value raises `ArgumentError` (a ValueError), a wrong type `ArgumentTypeError` (a TypeError).
 This module imports nothing of ours, so every room may use it.
 """
 
@@ -85,10 +85,11 @@ def check_int(argument: str, value: Any, *, low: int, high: int | None = None) -
     """Return `value` as an int in [low, high], else raise."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise bad_type(argument, repr(value), "it must be an integer", f"Pass an int >= {low}.")
-    if value < low or (high is not None and value > high):
+    number = int(value)
+    if number < low or (high is not None and number > high):
         bounds = f">= {low}" if high is None else f"in [{low}, {high}]"
-        raise bad_value(argument, value, f"it must be {bounds}", "Pass a value in that range.")
-    return int(value)
+        raise bad_value(argument, number, f"it must be {bounds}", "Pass a value in that range.")
+    return number
 
 
 def check_scale(argument: str, value: Any, default: float) -> float:

@@ -30,7 +30,7 @@ UE8M0_NAN = np.uint8(0xFF)
 # The scale rules' floors: FlashMLA's test quantiser clamps the scale, DeepSeek-V4's clamps amax.
 _FLASHMLA_MIN_SCALE = np.float32(1e-4)
 _V4_MIN_AMAX = np.float32(1e-4)
-# An all-zero tile must not divide 0 by 0: the least normal float32 stands in, as vLLM's writer does.
+# An all-zero tile must not divide 0 by 0: the least normal float32 stands in, as in vLLM's writer.
 _RAW_MIN_SCALE = np.finfo(np.float32).tiny
 
 _BF16_ABS = np.uint16(0x7FFF)
@@ -70,7 +70,8 @@ UE8M0_TABLE.flags.writeable = False
 def decode_e4m3(codes: Bytes, out: Float32 | None = None) -> Float32:
     """The values of e4m3 `codes` (uint8, any shape) as float32, exactly; NaN codes give NaN."""
     # mode="clip" never clips a uint8; it spares np.take the copy that "raise" makes of `out`.
-    return np.take(E4M3_TABLE, codes, out=out, mode="clip")
+    values: Float32 = np.take(E4M3_TABLE, codes, out=out, mode="clip")
+    return values
 
 
 def encode_e4m3(values: Float32) -> Bytes:
@@ -79,6 +80,12 @@ def encode_e4m3(values: Float32) -> Bytes:
     Rounds to nearest, ties to even; saturates, infinities included, to +-448; NaN gives 0x7F
     (PTX `cvt.rn.satfinite.e4m3x2.f32`).
     """
+    # A signalling NaN raises "invalid" wherever it is computed with; here it is a NaN like others.
+    with np.errstate(invalid="ignore"):
+        return _encode_e4m3(values)
+
+
+def _encode_e4m3(values: Float32) -> Bytes:
     magnitude = np.minimum(np.abs(values), E4M3_MAX)
     bits = magnitude.view(np.uint32)
     # A float32 with 20 more in its exponent has 2**(e - 3) as its last place: adding it to the
@@ -91,7 +98,7 @@ def encode_e4m3(values: Float32) -> Bytes:
     # carry to 16 or 8 runs into the exponent field, as it should.
     code = ((exponent - np.uint32(121)) << 3) + (shifter & np.uint32(0x1F))
     code |= (values.view(np.uint32) >> 24) & np.uint32(0x80)
-    result: Bytes = code.astype(np.uint8)
+    result: Bytes = np.asarray(code.astype(np.uint8))
     unordered = np.isnan(magnitude)
     if unordered.any():
         result[unordered] = E4M3_NAN
@@ -104,7 +111,7 @@ def decode_ue8m0(codes: Bytes) -> Float32:
 
 
 def encode_ue8m0(scales: Float32) -> Bytes:
-    """The UE8M0 bytes of power-of-two float32 `scales`; anything else than 2**-127..2**127 gives NaN (255)."""
+    """The UE8M0 bytes of float32 `scales`; what is no power of two in range gives NaN (255)."""
     mantissa, exponent = np.frexp(scales)
     # frexp gives 0.5 for a power of two, so the unbiased exponent is one lower.
     code = exponent + 126
@@ -154,8 +161,7 @@ def encode_tiles(tiles: NDArray[Any], rule: ScaleRule) -> tuple[Bytes, Float32]:
     """
     scales = tile_scale(tile_amax(tiles), rule)
     scaled = tiles.astype(np.float32)
-    # x / s overflows only for an infinite x under a tiny scale, where satfinite is meant.
-    with np.errstate(over="ignore"):
+    with np.errstate(invalid="ignore"):  # signalling NaN
         scaled /= scales[..., None]
     return encode_e4m3(scaled), scales
 
@@ -168,8 +174,10 @@ def decode_tiles(codes: Bytes, scales: Float32, out: Float32) -> None:
     number held in float32.
     """
     decode_e4m3(codes, out=out)
-    rounded = scales.astype(BF16).astype(np.float32)
-    np.multiply(out, rounded[..., None], out=out)
+    # Infinities and NaN come out as IEEE 754 has it, without a word.
+    with np.errstate(over="ignore", invalid="ignore"):
+        rounded = scales.astype(BF16).astype(np.float32)
+        np.multiply(out, rounded[..., None], out=out)
     # code * bf16(scale) has at most 12 significant bits, so float32 holds it exactly. It is a bf16
     # number already when the scale is a power of two in 2**-117..2**118, where no product of a
     # code leaves the normal numbers.

@@ -95,7 +95,7 @@ class KVLayout:
         return -(-payload // self.page_multiple) * self.page_multiple
 
     def empty_pages(self, num_pages: int, page_size: int, h_kv: int = 1) -> Array:
-        """A zeroed page pool [num_pages, page_size, h_kv, row_elements] with this format's stride."""
+        """A zeroed pool [num_pages, page_size, h_kv, row_elements] with this format's stride."""
         stride = self.page_stride(page_size, h_kv)
         buffer = np.zeros((num_pages, stride), np.uint8)
         return as_strided(
@@ -281,6 +281,12 @@ def _fields(pages: Array, layout: KVLayout) -> _PageFields:
     )
 
 
+def as_rows(kv: Array, layout: KVLayout) -> Array:
+    """`kv` rounded to the layout's compute dtype; what is too large becomes an infinity."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return kv.astype(layout.compute_dtype, copy=False)
+
+
 def write_rows(
     pages: Array, layout: KVLayout, slots: NDArray[Any], rows: Array, rule: ScaleRule | None
 ) -> None:
@@ -309,7 +315,7 @@ def write_rows(
             fields.scales[at] = scales
 
 
-def read_rows(pages: Array, layout: KVLayout, slots: NDArray[Any], out: Float32) -> None:
+def decode_rows(pages: Array, layout: KVLayout, slots: NDArray[Any], out: Float32) -> None:
     """Decode the tokens at `slots` [n] of checked `pages` into `out`, float32 [n, d_qk].
 
     For h_kv 1. Every value is one of the layout's compute dtype. Slots must be in range.
@@ -319,12 +325,27 @@ def read_rows(pages: Array, layout: KVLayout, slots: NDArray[Any], out: Float32)
         np.copyto(out, pages[page, offset, 0])
         return
     fields = _fields(pages, layout)
-    scales = fields.scales[page, offset]
-    if layout.scales_at_page_end:
-        scales = fp8.decode_ue8m0(scales[:, : layout.num_scales])
-    codes = fields.nope[page, offset].reshape(-1, layout.num_scales, layout.tile)
-    fp8.decode_tiles(codes, scales, out[:, : layout.d_nope].reshape(codes.shape))
-    np.copyto(out[:, layout.d_nope :], fields.rope[page, offset])
+    for first in range(0, len(slots), _CHUNK_ROWS):
+        part = slice(first, first + _CHUNK_ROWS)
+        at, rows = (page[part], offset[part]), out[part]
+        scales = fields.scales[at]
+        if layout.scales_at_page_end:
+            scales = fp8.decode_ue8m0(scales[:, : layout.num_scales])
+        codes = fields.nope[at].reshape(-1, layout.num_scales, layout.tile)
+        fp8.decode_tiles(codes, scales, rows[:, : layout.d_nope].reshape(codes.shape))
+        np.copyto(rows[:, layout.d_nope :], fields.rope[at])
+
+
+def read_rows(pages: Array, layout: KVLayout, slots: NDArray[Any]) -> Array:
+    """The decoded tokens at `slots` [n] of checked `pages`: [n, d_qk] in the compute dtype."""
+    rows = np.empty((len(slots), layout.d_qk), layout.compute_dtype)
+    chunk = np.empty((min(_CHUNK_ROWS, len(slots)), layout.d_qk), np.float32)
+    for first in range(0, len(slots), _CHUNK_ROWS):
+        part = slots[first : first + _CHUNK_ROWS]
+        decode_rows(pages, layout, part, chunk[: len(part)])
+        with np.errstate(invalid="ignore"):  # signalling NaN
+            rows[first : first + len(part)] = chunk[: len(part)]
+    return rows
 
 
 def pack_kv(
@@ -353,10 +374,14 @@ def pack_kv(
     check_dtype("kv", kv, [_BF16, _FP16, np.float32])
     heads: int | str = 1 if layout.is_fp8 else "h_kv"
     check_shape("kv", kv, ["pages", page_size, heads, layout.d_qk])
+    if 0 in kv.shape:
+        raise bad_value(
+            "kv", f"shape {kv.shape}", "a pool needs a page and a token", "Pass at least one page."
+        )
     rule = check_scale_rule(layout, scale_rule)
     num_pages, _, h_kv, _ = kv.shape
     pages = layout.empty_pages(num_pages, page_size, h_kv)
-    rows = kv.reshape(-1, h_kv, layout.d_qk).astype(layout.compute_dtype, copy=False)
+    rows = as_rows(kv, layout).reshape(-1, h_kv, layout.d_qk)
     write_rows(pages, layout, np.arange(len(rows)), rows, rule)
     return pages
 
@@ -383,11 +408,5 @@ def unpack_kv(pages: Array, layout: KVLayout, page_size: int) -> Array:
     pages = check_pages("pages", pages, layout, page_size, h_kv)
     if not layout.is_fp8:
         return pages.copy()
-    num_tokens = pages.shape[0] * page_size
-    kv = np.empty((num_tokens, layout.d_qk), layout.compute_dtype)
-    chunk = np.empty((_CHUNK_ROWS, layout.d_qk), np.float32)
-    for first in range(0, num_tokens, _CHUNK_ROWS):
-        part = chunk[: min(_CHUNK_ROWS, num_tokens - first)]
-        read_rows(pages, layout, np.arange(first, first + len(part)), part)
-        kv[first : first + len(part)] = part
+    kv = read_rows(pages, layout, np.arange(pages.shape[0] * page_size))
     return kv.reshape(pages.shape[0], page_size, 1, layout.d_qk)

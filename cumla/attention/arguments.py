@@ -1,0 +1,147 @@
+"""What the ops' checks have in common: queries, lengths, sinks, plans, results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from cumla.backends import Backend
+from cumla.backends.arrays import Arrays
+from cumla.checks import (
+    bad_type,
+    bad_value,
+    check_dtype,
+    check_last_stride,
+    check_shape,
+)
+from cumla.fp8 import BF16
+from cumla.schedule import DecodePlan, plan_decode
+
+Array = NDArray[Any]
+HALF_DTYPES = (BF16, np.dtype(np.float16))
+
+# The default plan on a CPU cuts every request each 1024 tokens: pieces for all threads even when
+# the batch is small, and a request's bits do not depend on its batch or on the machine.
+_SPLIT_BLOCKS = 16
+
+
+def check_half(
+    argument: str, array: Array, shape: tuple[str | int, ...], dtype: DTypeLike | None = None
+) -> None:
+    """Raise unless `array` is bf16 or fp16 (or just `dtype`) of that shape, with no empty dim."""
+    check_dtype(argument, array, HALF_DTYPES if dtype is None else [dtype])
+    check_shape(argument, array, shape)
+    if 0 in array.shape:
+        raise bad_value(
+            argument, f"shape {array.shape}", "no dimension may be 0", "Skip the call instead."
+        )
+    check_last_stride(argument, array)
+
+
+def check_indices(argument: str, array: Array, shape: tuple[str | int, ...]) -> None:
+    """Raise unless `array` is int32 of that shape, with at least one index for each query."""
+    check_dtype(argument, array, [np.int32])
+    check_shape(argument, array, shape)
+    if array.shape[-1] == 0:
+        raise bad_value(
+            argument,
+            f"shape {array.shape}",
+            "the last dimension must be at least 1",
+            "Pass -1 for a query that selects nothing.",
+        )
+    check_last_stride(argument, array)
+
+
+def check_lengths(
+    argument: str, lengths: Array, shapes: tuple[tuple[int, ...], ...], high: int, reason: str
+) -> None:
+    """Raise unless `lengths` is int32 of one of `shapes` and every entry is in [0, high]."""
+    check_dtype(argument, lengths, [np.int32])
+    if lengths.shape not in shapes:
+        raise bad_value(
+            argument,
+            f"shape {lengths.shape}",
+            "it must be " + " or ".join(str(list(one)) for one in shapes),
+            "Pass one length for each request or query.",
+        )
+    wrong = (lengths < 0) | (lengths > high)
+    if wrong.any():
+        at = [int(one) for one in np.unravel_index(int(wrong.argmax()), wrong.shape)]
+        raise bad_value(
+            argument,
+            f"{lengths[tuple(at)]} at {at}",
+            f"it must be in [0, {high}]",
+            reason,
+        )
+
+
+def check_sink(sink: Array | None, h_q: int) -> None:
+    """Raise unless `sink` is None or float32 [h_q]."""
+    if sink is not None:
+        check_dtype("attn_sink", sink, [np.float32])
+        check_shape("attn_sink", sink, [h_q])
+
+
+def check_heads(h_q: int, h_kv: int) -> None:
+    """Raise unless every KV head serves the same number of query heads."""
+    if h_q % h_kv:
+        raise bad_value(
+            "q",
+            f"{h_q} query heads for {h_kv} KV heads",
+            "h_q must be a multiple of h_kv",
+            "Pad the query heads.",
+        )
+
+
+def check_flag(argument: str, value: Any) -> None:
+    """Raise unless `value` is a bool."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise bad_type(argument, repr(value), "it must be True or False", "Pass a bool.")
+
+
+def check_stream(stream: Any) -> None:
+    """Raise if a CPU call got a CUDA stream."""
+    if stream is not None:
+        raise bad_value(
+            "stream",
+            repr(stream),
+            "NumPy arrays are computed in the calling thread, on no CUDA stream",
+            "Leave stream out.",
+        )
+
+
+def plan_for(plan: Any, argument: str, kv_lens: NDArray[np.int32]) -> DecodePlan:
+    """The caller's `plan`, checked against the lengths of this call, or the default one."""
+    if plan is None:
+        return plan_decode(kv_lens, split_blocks=_SPLIT_BLOCKS)
+    check_plan_type(plan)
+    plan.check_lengths(argument, kv_lens)
+    checked: DecodePlan = plan
+    return checked
+
+
+def check_plan_type(plan: Any) -> None:
+    """Raise unless `plan` is None or a DecodePlan."""
+    if plan is not None and not isinstance(plan, DecodePlan):
+        raise bad_type(
+            "plan", repr(plan), "it must be a cumla.DecodePlan", "Make it with cumla.plan_decode."
+        )
+
+
+def result_array(
+    arrays: Arrays, backend: Backend, argument: str, shape: tuple[int, ...], dtype: DTypeLike
+) -> Array:
+    """Where a result goes: the array passed as `argument`, checked, or a new one."""
+    dtype = backend.result_dtype(dtype)
+    given = arrays.optional(argument)
+    if given is None:
+        return np.empty(shape, dtype)
+    check_dtype(argument, given, [dtype])
+    check_shape(argument, given, shape)
+    if not given.flags.writeable:
+        raise bad_value(
+            argument, "a read-only array", "results are written to it", "Pass a writable one."
+        )
+    return given

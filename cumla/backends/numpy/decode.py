@@ -1,0 +1,179 @@
+"""Dense and sparse MLA decoding over paged caches, cut into the pieces of a plan.
+
+A piece is a run of 64-token blocks of one request. Pieces are computed in parallel and joined in
+their order, so the result depends on the plan but not on the number of threads. Of the cache, no
+more than `CHUNK_TOKENS` a thread is decoded at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from cumla import layouts
+from cumla.backends.numpy.parallel import run_ordered
+from cumla.backends.numpy.softmax import CHUNK_TOKENS, SoftmaxState, scaled_queries
+from cumla.backends.problems import DenseDecode, SparseDecode, TokenPool
+from cumla.layouts import KVLayout
+from cumla.schedule import DecodePlan, Piece
+
+Array = NDArray[Any]
+
+
+def dense_decode(problem: DenseDecode, dtype: DTypeLike) -> None:
+    """out[s, h] = sum_j softmax_j(scale * q[s, h] . K_j) K_j[:d_v] over the tokens j of a request.
+
+    Query s of s_q sees tokens j < cache_seqlens - (s_q - 1 - s) if causal, else all. Query head h
+    belongs to KV head h // (h_q / h_kv); its rows (s, h) of one request are one matrix.
+    """
+    _, s_q, h_q, d_qk = problem.q.shape
+    h_kv = problem.kv_cache.shape[2]
+    group = h_q // h_kv
+    d_v = problem.layout.d_v
+    steps_back = (s_q - 1 - np.arange(s_q)) if problem.causal else np.zeros(s_q, np.int64)
+
+    def attend(item: tuple[Piece, int]) -> SoftmaxState:
+        piece, head = item
+        heads = slice(head * group, (head + 1) * group)
+        q_scaled = scaled_queries(problem.q[piece.request, :, heads], problem.softmax_scale, dtype)
+        length = int(problem.cache_seqlens[piece.request])
+        limit = np.repeat(length - steps_back, group)
+        state = SoftmaxState(s_q * group, d_v, dtype)
+        first = piece.begin_block * problem.plan.block_size
+        last = min(piece.end_block * problem.plan.block_size, length)
+        buffer = np.empty((min(CHUNK_TOKENS, max(last - first, 0)), d_qk), dtype)
+        with np.errstate(all="ignore"):
+            for begin in range(first, last, CHUNK_TOKENS):
+                token = np.arange(begin, min(begin + CHUNK_TOKENS, last))
+                k = buffer[: len(token)]
+                page, offset = np.divmod(token, problem.kv_cache.shape[1])
+                page = problem.block_table[piece.request, page]
+                np.copyto(k, problem.kv_cache[page, offset, head])
+                masked = token[-1] >= limit[0]
+                visible = token[:, None] < limit if masked else None
+                state.add_keys(q_scaled, k, k[:, :d_v], visible)
+        return state
+
+    def store(item: tuple[Piece, int], state: SoftmaxState) -> None:
+        piece, head = item
+        heads = slice(head * group, (head + 1) * group)
+        out, lse = state.result()
+        problem.out[piece.request, :, heads] = out.reshape(s_q, group, d_v)
+        problem.lse[piece.request, heads] = lse.reshape(s_q, group).T
+
+    items = [(piece, head) for piece in problem.plan.pieces() for head in range(h_kv)]
+    _run_pieces(problem.plan, items, attend, store)
+
+
+@dataclass(frozen=True)
+class _Selection:
+    """The valid tokens that one query selects from one pool within a piece."""
+
+    pages: Array
+    layout: KVLayout
+    slots: Array
+
+
+def sparse_decode(problem: SparseDecode, dtype: DTypeLike) -> None:
+    """out[s, h] = sum_j softmax_j(scale * q[s, h] . K_j) K_j[:d_v] over the selected tokens j.
+
+    The selection of query s is the valid ones among its first topk_length indices of the main
+    pool, then likewise of the extra pool, in one softmax. An index that is negative or beyond
+    the pool is dropped before it is looked at. A token named twice counts twice.
+    """
+    _, s_q, h_q, d_qk = problem.q.shape
+    d_v = problem.main.layout.d_v
+
+    def attend(item: tuple[Piece, int]) -> SoftmaxState:
+        piece, s = item
+        q_scaled = scaled_queries(problem.q[piece.request, s], problem.softmax_scale, dtype)
+        state = SoftmaxState(h_q, d_v, dtype)
+        chosen = _selections(problem, piece, s)
+        buffer = np.empty((CHUNK_TOKENS, d_qk), np.float32)
+        filled = 0
+        with np.errstate(all="ignore"):
+            for selection in chosen:
+                begin = 0
+                while begin < len(selection.slots):
+                    part = selection.slots[begin : begin + CHUNK_TOKENS - filled]
+                    rows = buffer[filled : filled + len(part)]
+                    layouts.decode_rows(selection.pages, selection.layout, part, rows)
+                    begin += len(part)
+                    filled += len(part)
+                    if filled == CHUNK_TOKENS:
+                        _add(state, q_scaled, buffer, d_v)
+                        filled = 0
+            if filled:
+                _add(state, q_scaled, buffer[:filled], d_v)
+        return state
+
+    def store(item: tuple[Piece, int], state: SoftmaxState) -> None:
+        piece, s = item
+        out, lse = state.result(problem.attn_sink)
+        problem.out[piece.request, s] = out
+        problem.lse[piece.request, :, s] = lse
+
+    items = [(piece, s) for piece in problem.plan.pieces() for s in range(s_q)]
+    _run_pieces(problem.plan, items, attend, store)
+
+
+def _add(state: SoftmaxState, q_scaled: Array, rows: Array, d_v: int) -> None:
+    k = rows.astype(q_scaled.dtype, copy=False)
+    state.add_keys(q_scaled, k, k[:, :d_v])
+
+
+def _selections(problem: SparseDecode, piece: Piece, s: int) -> list[_Selection]:
+    """What query s of the piece's request selects within the piece's blocks.
+
+    The blocks count the main pool's indices first, rounded up to a block and at least one, then
+    the extra pool's (see `schedule.sparse_kv_lengths`).
+    """
+    block = problem.plan.block_size
+    begin, end = piece.begin_block * block, piece.end_block * block
+    selections = [_selection(problem.main, piece.request, s, begin, end)]
+    if problem.extra is not None:
+        longest = _longest(problem.main, piece.request)
+        extra_start = -(-max(longest, 1) // block) * block
+        selections.append(
+            _selection(problem.extra, piece.request, s, begin - extra_start, end - extra_start)
+        )
+    return selections
+
+
+def _selection(pool: TokenPool, request: int, s: int, begin: int, end: int) -> _Selection:
+    """The valid indices among positions [begin, end) of one query's list."""
+    length = pool.indices.shape[2]
+    if pool.topk_length is not None:
+        lengths = pool.topk_length[request]
+        length = int(lengths if lengths.ndim == 0 else lengths[s])
+    slots = pool.indices[request, s, max(begin, 0) : max(min(end, length), 0)]
+    num_tokens = pool.pages.shape[0] * pool.pages.shape[1]
+    return _Selection(pool.pages, pool.layout, slots[(slots >= 0) & (slots < num_tokens)])
+
+
+def _longest(pool: TokenPool, request: int) -> int:
+    if pool.topk_length is None:
+        return pool.indices.shape[2]
+    return int(np.max(pool.topk_length[request]))
+
+
+def _run_pieces(plan: DecodePlan, items: Any, attend: Any, store: Any) -> None:
+    """Attend to every (piece, part of its rows), join a request's pieces, store when complete."""
+    pieces_of = np.diff(plan.num_splits)
+    open_states: dict[tuple[int, int], SoftmaxState] = {}
+
+    def consume(item: tuple[Piece, int], state: SoftmaxState) -> None:
+        piece, part = item
+        key = (piece.request, part)
+        with np.errstate(all="ignore"):
+            if piece.fragment > 0:
+                open_states[key].join(state)
+            else:
+                open_states[key] = state
+            if piece.fragment == pieces_of[piece.request] - 1:
+                store(item, open_states.pop(key))
+
+    run_ordered(attend, items, consume)

@@ -1,0 +1,130 @@
+"""Attention over a growing set of keys, the one definition that every op is made of.
+
+For one query row with logits z_j = scale * q . k_j over its visible keys j:
+
+    peak     = max_j z_j
+    total    = sum_j exp(z_j - peak)
+    weighted = sum_j exp(z_j - peak) v_j
+
+    out = weighted / total        lse = peak + ln(total)
+
+Two disjoint key sets with states a and b join to a state with peak = max(a.peak, b.peak), and each
+side's total and weighted scaled by exp(side.peak - peak) and added. That is all of split-KV
+attention: blocks of a piece join, pieces of a request join, and so do two caches.
+
+In float64 this is the oracle, in float32 the backend; logits, as in all of cumla, are natural.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from cumla.backends.problems import MergeAttention
+
+Array = NDArray[Any]
+
+# 512 rows of 576 float32 are 1.2 MB: BLAS is at its best from about here on, and two threads' worth
+# still fits a usual L2 + L3.
+CHUNK_TOKENS = 512
+
+
+def scaled_queries(q: Array, softmax_scale: float, dtype: DTypeLike) -> Array:
+    """scale * q for q [..., d_qk], as the contiguous [d_qk, rows] that SoftmaxState takes."""
+    rows = q.reshape(-1, q.shape[-1]).astype(dtype)
+    return np.ascontiguousarray((rows * np.asarray(softmax_scale, dtype)).T)
+
+
+class SoftmaxState:
+    """`peak` [rows], `total` [rows] and `weighted` [rows, d_v] of the keys seen so far."""
+
+    def __init__(self, rows: int, d_v: int, dtype: DTypeLike) -> None:
+        self.peak: Array = np.full(rows, -np.inf, dtype)
+        self.total: Array = np.zeros(rows, dtype)
+        self.weighted: Array = np.zeros((rows, d_v), dtype)
+
+    def add_keys(self, q_scaled: Array, k: Array, v: Array, visible: Array | None = None) -> None:
+        """Join the keys k [n, d_qk] with values v [n, d_v].
+
+        q_scaled is scale * q, transposed: [d_qk, rows], contiguous. `visible` [n, rows] tells which
+        row may see which key; None means all. Nothing of a key that a row may not see reaches it,
+        not even NaN.
+        """
+        # Tokens down, rows across: of BLAS's orders this is the fastest for few rows.
+        logits = k @ q_scaled
+        if visible is not None:
+            logits[~visible] = -np.inf
+        peak = np.maximum(self.peak, logits.max(axis=0))
+        # A row that has seen nothing keeps peak -inf; shifting by 0 then gives exp(-inf) = 0.
+        shift = np.where(peak == -np.inf, 0, peak)
+        logits -= shift
+        weights = np.exp(logits, out=logits)
+        decay = np.exp(self.peak - shift)
+        self.peak = peak
+        self.total = self.total * decay + np.ones(len(k), k.dtype) @ weights
+        self.weighted *= decay[:, None]
+        self.weighted += _weigh(weights, v, visible)
+
+    def join(self, other: SoftmaxState) -> None:
+        """Join the state of a disjoint set of keys."""
+        peak = np.maximum(self.peak, other.peak)
+        shift = np.where(peak == -np.inf, 0, peak)
+        mine, theirs = np.exp(self.peak - shift), np.exp(other.peak - shift)
+        self.peak = peak
+        self.total = self.total * mine + other.total * theirs
+        self.weighted *= mine[:, None]
+        self.weighted += other.weighted * theirs[:, None]
+
+    def result(self, attn_sink: Array | None = None) -> tuple[Array, Array]:
+        """(out [rows, d_v], lse [rows]); a row without a key gives 0 and +inf.
+
+        attn_sink [rows] joins a key with that logit and no value to `out` alone:
+        out * exp(lse) / (exp(lse) + exp(sink)). A row whose sum is NaN gives NaN and lse +inf.
+        """
+        empty = self.total == 0
+        out = self.weighted / np.where(empty, 1, self.total)[:, None]
+        lse = np.where(self.total > 0, self.peak + np.log(self.total), np.inf)
+        if attn_sink is not None:
+            share = np.where(empty, 0, 1 / (1 + np.exp(attn_sink.astype(lse.dtype) - lse)))
+            out *= share[:, None]
+        return out, lse
+
+
+def _weigh(weights: Array, v: Array, visible: Array | None) -> Array:
+    """sum_j weights[j, row] * v[j], with 0 * NaN = 0 where the row may not see key j."""
+    if visible is None:
+        return weights.T @ v
+    broken = np.flatnonzero(~np.isfinite(v).all(axis=1))
+    if not len(broken):
+        return weights.T @ v
+    clean = v.copy()
+    clean[broken] = 0
+    result = weights.T @ clean
+    for key in broken:
+        rows = visible[key]
+        result[rows] += weights[key, rows, None] * v[key]
+    return result
+
+
+def merge_attention(problem: MergeAttention, dtype: DTypeLike) -> None:
+    """Join the results of disjoint key sets: their (out, lse) as states of peak lse and total 1.
+
+    out = sum_i exp(lse_i - lse) out_i with exp(lse) = sum_i exp(lse_i); an lse of +inf or -inf
+    marks a row without a key, whose out is not looked at.
+    """
+    rows, d_v = problem.lse.size, problem.out.shape[-1]
+    merged = SoftmaxState(rows, d_v, dtype)
+    with np.errstate(all="ignore"):
+        for out, lse in zip(problem.outs, problem.lses, strict=True):
+            peak = lse.reshape(rows).astype(dtype)
+            empty = np.isinf(peak)
+            part = SoftmaxState(rows, d_v, dtype)
+            part.peak = np.where(empty, -np.inf, peak)
+            part.total = np.where(empty, 0, 1).astype(dtype)
+            part.weighted = np.where(empty[:, None], 0, out.reshape(rows, d_v).astype(dtype))
+            merged.join(part)
+        result, lse = merged.result()
+        problem.out[...] = result.reshape(problem.out.shape)
+        problem.lse[...] = lse.reshape(problem.lse.shape)
