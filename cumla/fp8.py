@@ -38,23 +38,6 @@ _BF16_INF = np.uint16(0x7F80)
 _BF16_MAX_FINITE = np.uint16(0x7F7F)
 
 
-def _e4m3_table() -> Float32:
-    code = np.arange(256)
-    exponent, mantissa = (code >> 3) & 15, code & 7
-    magnitude = np.where(
-        exponent == 0,
-        mantissa * 2.0**-9,
-        (8 + mantissa) * np.exp2(exponent - 10.0),
-    )
-    magnitude[(code & 0x7F) == 0x7F] = np.nan
-    return np.where(code & 0x80, -magnitude, magnitude).astype(np.float32)
-
-
-E4M3_TABLE: Float32 = _e4m3_table()
-"""float32 [256]: the value of every e4m3 code."""
-E4M3_TABLE.flags.writeable = False
-
-
 def _ue8m0_table() -> Float32:
     with np.errstate(over="ignore"):
         table = np.exp2(np.arange(256) - 127.0).astype(np.float32)
@@ -67,10 +50,35 @@ UE8M0_TABLE: Float32 = _ue8m0_table()
 UE8M0_TABLE.flags.writeable = False
 
 
-def decode_e4m3(codes: Bytes, out: Float32 | None = None) -> Float32:
+# Where e4m3's sign, exponent and mantissa sit in a float32 after a shift of the sign-extended byte.
+_E4M3_FIELDS = np.uint32(0x87F00000).view(np.int32)
+# float32's exponent bias is 127 and e4m3's is 7, so the shifted bits read 2**-120 times the value.
+_BIAS_STEP = np.float32(2.0**120)
+# Values decoded at a time: 128 KB of float32, which stay in a core's L2 cache beside the rest.
+_DECODE_VALUES = 1 << 15
+
+
+def _shift_codes(codes: Bytes, out: Float32) -> None:
+    """Fill `out` with 2**-120 times the values of e4m3 `codes`, exactly; NaN codes give +-480.
+
+    Subnormal codes become subnormal float32 numbers, so no case needs a branch. Two passes of
+    integer SIMD cost half of a table lookup.
+    """
+    bits = out.view(np.int32)
+    np.left_shift(codes.view(np.int8), 20, out=bits, dtype=np.int32)
+    np.bitwise_and(bits, _E4M3_FIELDS, out=bits)
+
+
+def _nan_codes(codes: Bytes) -> NDArray[np.bool_]:
+    return (codes & np.uint8(0x7F)) == E4M3_NAN
+
+
+def decode_e4m3(codes: Bytes) -> Float32:
     """The values of e4m3 `codes` (uint8, any shape) as float32, exactly; NaN codes give NaN."""
-    # mode="clip" never clips a uint8; it spares np.take the copy that "raise" makes of `out`.
-    values: Float32 = np.take(E4M3_TABLE, codes, out=out, mode="clip")
+    values = np.empty(codes.shape, np.float32)
+    _shift_codes(codes, values)
+    np.multiply(values, _BIAS_STEP, out=values)
+    values[_nan_codes(codes)] = np.nan
     return values
 
 
@@ -167,22 +175,40 @@ def encode_tiles(tiles: NDArray[Any], rule: ScaleRule) -> tuple[Bytes, Float32]:
 
 
 def decode_tiles(codes: Bytes, scales: Float32, out: Float32) -> None:
-    """Decode e4m3 `codes` [..., tile] under float32 `scales` [...] into `out`, float32 [..., tile].
+    """Decode e4m3 `codes` [n, ..., tile] under float32 `scales` [n, ...] into `out`, as codes.
 
     The value is bf16(code * bf16(scale)): the scale is rounded to bf16 and then the product, each
     once and to nearest even, as a kernel does that multiplies in bf16. Each result is a bf16
-    number held in float32.
+    number held in float32. `out` may be a strided view.
     """
-    decode_e4m3(codes, out=out)
+    step = max(_DECODE_VALUES * len(codes) // max(codes.size, 1), 1)
+    scratch = np.empty((min(step, len(codes)), *codes.shape[1:]), np.float32)
     # Infinities and NaN come out as IEEE 754 has it, without a word.
     with np.errstate(over="ignore", invalid="ignore"):
         rounded = scales.astype(BF16).astype(np.float32)
-        np.multiply(out, rounded[..., None], out=out)
-    # code * bf16(scale) has at most 12 significant bits, so float32 holds it exactly. It is a bf16
-    # number already when the scale is a power of two in 2**-117..2**118, where no product of a
-    # code leaves the normal numbers.
-    bits = rounded.view(np.uint32) & np.uint32(0x7FFFFFFF)
-    exact = ((bits & np.uint32(0x7FFFFF)) == 0) & (bits >= 10 << 23) & (bits < 246 << 23)
-    if not exact.all():
-        with np.errstate(over="ignore"):
+        # Scales this small can take the bias step into themselves, which saves a pass.
+        merged = np.abs(rounded).max(initial=0) < 2.0**7
+        factors = (rounded * _BIAS_STEP if merged else rounded)[..., None]
+        for first in range(0, len(codes), step):
+            part = slice(first, first + step)
+            values = scratch[: len(codes[part])]
+            _shift_codes(codes[part], values)
+            if not merged:
+                values *= _BIAS_STEP
+            np.multiply(values, factors[part], out=out[part])
+        is_nan = _nan_codes(codes)
+        if is_nan.any():
+            out[is_nan] = np.nan
+        if not _keep_bf16(rounded):
             np.copyto(out, out.astype(BF16))
+
+
+def _keep_bf16(scales: Float32) -> bool:
+    """Whether e4m3 values times bf16 `scales` are all bf16 numbers without rounding.
+
+    A product has at most 12 significant bits, so float32 holds it exactly; bf16 does if the scale
+    is a power of two in 2**-117..2**118, where no product leaves the normal numbers.
+    """
+    bits = scales.view(np.uint32) & np.uint32(0x7FFFFFFF)
+    exact = ((bits & np.uint32(0x7FFFFF)) == 0) & (bits >= 10 << 23) & (bits < 246 << 23)
+    return bool(exact.all())

@@ -1,4 +1,4 @@
-"""mha_varlen: multi-head attention over packed sequences (MLA's prefill form), and its gradients."""
+"""mha_varlen: multi-head attention over packed sequences (the prefill of MLA), and its gradients."""
 
 from __future__ import annotations
 

@@ -39,15 +39,18 @@ _TYPE_CODE = 20
 # In a versioned capsule {uint32, uint32} version, void* manager, void* deleter, uint64 flags lead.
 _OFFSETS = {b"dltensor": _TYPE_CODE, b"dltensor_versioned": 32 + _TYPE_CODE}
 
-_capsule_name = ctypes.pythonapi.PyCapsule_GetName
-_capsule_name.restype, _capsule_name.argtypes = ctypes.c_char_p, [ctypes.py_object]
-_capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
-_capsule_pointer.restype = ctypes.c_void_p
-_capsule_pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
+# Prototypes of our own: the attributes of ctypes.pythonapi are shared by the whole process, and
+# whoever sets their argtypes last wins.
+_capsule_name = ctypes.PYFUNCTYPE(ctypes.c_char_p, ctypes.py_object)(
+    ("PyCapsule_GetName", ctypes.pythonapi)
+)
+_capsule_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+    ("PyCapsule_GetPointer", ctypes.pythonapi)
+)
 
 
 def _type_code(capsule: object) -> ctypes.c_uint8:
-    """The type code inside a DLPack capsule, to read and to change."""
+    """The type code inside a DLPack capsule, to read and to change while the capsule lives."""
     name = _capsule_name(capsule)
     return ctypes.c_uint8.from_address(_capsule_pointer(capsule, name) + _OFFSETS[name])
 
@@ -69,14 +72,25 @@ class _Retyped:
         return capsule
 
 
+def _capsule_of(exporter: Any) -> object:
+    """A capsule to look at: versioned where the exporter can, as read-only memory needs it."""
+    try:
+        return exporter.__dlpack__(max_version=(1, 0))
+    except TypeError:
+        return exporter.__dlpack__()
+
+
 def _import(argument: str, exporter: Any) -> Array:
     try:
-        peek = _type_code(exporter.__dlpack__()).value
+        # The name keeps the capsule, and with it the struct, alive while it is read.
+        capsule = _capsule_of(exporter)
+        peek = _type_code(capsule).value
+        del capsule
         if peek not in _FOREIGN_TYPES:
             return np.from_dlpack(exporter)
         unsigned: Any = _Retyped(exporter, _UNSIGNED)
         return np.from_dlpack(unsigned).view(_FOREIGN_TYPES[peek])
-    except (BufferError, RuntimeError, TypeError) as error:
+    except (AttributeError, BufferError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise bad_type(
             argument,
             f"a {type(exporter).__name__} that does not export through DLPack ({error})",
@@ -85,10 +99,20 @@ def _import(argument: str, exporter: Any) -> Array:
         ) from error
 
 
+def _namespace(example: Any) -> Any:
+    """The module of the array type of `example` that has from_dlpack, None if it has none."""
+    own = getattr(example, "__array_namespace__", None)
+    # A subclass may live in another package: torch's in a user's module.
+    modules = [sys.modules.get(one.__module__.split(".")[0]) for one in type(example).__mro__]
+    for module in [own() if own else None, *modules]:
+        if hasattr(module, "from_dlpack"):
+            return module
+    return None
+
+
 def _export(array: Array, example: Any) -> Any:
     """`array` in the array type of `example`, sharing its memory."""
-    namespace: Any = getattr(example, "__array_namespace__", lambda: None)()
-    namespace = namespace or sys.modules[type(example).__module__.split(".")[0]]
+    namespace = _namespace(example)
     code = _CODES.get(array.dtype)
     if code is None:
         return namespace.from_dlpack(array)
@@ -100,7 +124,15 @@ def _device(argument: str, value: Any) -> int:
     if isinstance(value, np.ndarray):
         return _CPU
     if hasattr(value, "__dlpack_device__"):
-        kind = int(value.__dlpack_device__()[0])
+        try:
+            kind = int(value.__dlpack_device__()[0])
+        except (BufferError, RuntimeError, TypeError, ValueError) as error:
+            raise bad_type(
+                argument,
+                f"a {type(value).__name__} that does not export through DLPack ({error})",
+                "it must be on the CPU or a CUDA GPU",
+                "Copy it there.",
+            ) from error
         if kind in (_CPU, _CUDA):
             return kind
         raise bad_value(
@@ -131,6 +163,9 @@ class Arrays:
             name: value for name, value in given.items() if value is not None
         }
         devices = {name: _device(name, value) for name, value in self._given.items()}
+        if not devices:
+            first = next(iter(given))
+            raise bad_type(first, "None", "it is needed", "Pass an array.")
         first = next(iter(devices))
         for name, device in devices.items():
             if device != devices[first]:
@@ -148,12 +183,21 @@ class Arrays:
                 "CPU with cupy.asnumpy (torch: .cpu()) and pass NumPy arrays."
             )
         self._example = self._given[first]
+        if not isinstance(self._example, np.ndarray) and _namespace(self._example) is None:
+            raise bad_type(
+                first,
+                f"a {type(self._example).__name__}, whose module has no from_dlpack",
+                "the results are made in its array type",
+                "Pass NumPy arrays: numpy.from_dlpack(...) of it.",
+            )
         self._arrays = {
             name: value if isinstance(value, np.ndarray) else _import(name, value)
             for name, value in self._given.items()
         }
 
     def __getitem__(self, name: str) -> Array:
+        if name not in self._arrays:
+            raise bad_type(name, "None", "it is needed", "Pass an array.")
         return self._arrays[name]
 
     def optional(self, name: str) -> Array | None:

@@ -32,9 +32,10 @@ CHUNK_TOKENS = 512
 
 
 def scaled_queries(q: Array, softmax_scale: float, dtype: DTypeLike) -> Array:
-    """scale * q for q [..., d_qk], as the contiguous [d_qk, rows] that SoftmaxState takes."""
+    """scale * q for q [..., d_qk], as [rows, d_qk]."""
     rows = q.reshape(-1, q.shape[-1]).astype(dtype)
-    return np.ascontiguousarray((rows * np.asarray(softmax_scale, dtype)).T)
+    rows *= np.asarray(softmax_scale, dtype)
+    return rows
 
 
 class SoftmaxState:
@@ -48,12 +49,11 @@ class SoftmaxState:
     def add_keys(self, q_scaled: Array, k: Array, v: Array, visible: Array | None = None) -> None:
         """Join the keys k [n, d_qk] with values v [n, d_v].
 
-        q_scaled is scale * q, transposed: [d_qk, rows], contiguous. `visible` [n, rows] tells which
-        row may see which key; None means all. Nothing of a key that a row may not see reaches it,
-        not even NaN.
+        q_scaled is scale * q, [rows, d_qk]. `visible` [n, rows] tells which row may see which key;
+        None means all. Nothing of a key that a row may not see reaches it, not even NaN.
         """
         # Tokens down, rows across: of BLAS's orders this is the fastest for few rows.
-        logits = k @ q_scaled
+        logits = k @ q_scaled.T
         if visible is not None:
             logits[~visible] = -np.inf
         peak = np.maximum(self.peak, logits.max(axis=0))
