@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+_FLOAT32 = np.finfo(np.float32)
+
 
 class ArgumentError(ValueError):
     """An argument has a value, shape or stride that the function cannot take."""
@@ -100,14 +102,19 @@ def check_scale(argument: str, value: Any, default: float) -> float:
         raise bad_type(
             argument, repr(value), "it must be a number", "Pass a float such as d_qk**-0.5."
         )
-    if not math.isfinite(value) or value <= 0:
+    try:
+        number = float(value)
+    except OverflowError:  # an integer beyond float's range
+        number = math.inf
+    # The negation also catches NaN.
+    if not _FLOAT32.tiny <= number <= _FLOAT32.max:
         raise bad_value(
             argument,
             value,
-            "it must be finite and > 0",
+            "it must be > 0 and finite, as a normal float32",
             "Fold a sign into q; the masking relies on a positive scale.",
         )
-    return float(value)
+    return number
 
 
 def check_last_stride(argument: str, array: NDArray[Any]) -> None:

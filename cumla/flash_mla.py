@@ -320,7 +320,7 @@ def flash_attn_varlen_qkvpacked_func(
     _check_given(qkv=qkv, cu_seqlens=cu_seqlens)
     arrays = Arrays(qkv=qkv, cu_seqlens=cu_seqlens)
     packed = arrays["qkv"]
-    check_half("qkv", packed, ("total", "h", "2 * head_dim_qk + d_v"))
+    check_half("qkv", packed, ("total", "h", "2 * head_dim_qk + d_v"), may_be_empty=True)
     d_qk = check_int("head_dim_qk", head_dim_qk, low=1, high=(packed.shape[2] - 1) // 2)
     return _mha(
         arrays,
@@ -363,8 +363,14 @@ def flash_attn_varlen_kvpacked_func(
     _check_given(q=q, kv=kv, cu_seqlens_qo=cu_seqlens_qo, cu_seqlens_kv=cu_seqlens_kv)
     arrays = Arrays(q=q, kv=kv, cu_seqlens_qo=cu_seqlens_qo, cu_seqlens_kv=cu_seqlens_kv)
     queries, packed = arrays["q"], arrays["kv"]
-    check_half("q", queries, ("total_q", "h_q", "head_dim_qk"))
-    check_half("kv", packed, ("total_k", "h_kv", "head_dim_qk + d_v"), queries.dtype)
+    check_half("q", queries, ("total_q", "h_q", "head_dim_qk"), may_be_empty=True)
+    check_half(
+        "kv",
+        packed,
+        ("total_k", "h_kv", "head_dim_qk + d_v"),
+        queries.dtype,
+        may_be_empty=True,
+    )
     d_qk = check_int("head_dim_qk", head_dim_qk, low=queries.shape[2], high=queries.shape[2])
     if packed.shape[2] <= d_qk:
         raise bad_value(

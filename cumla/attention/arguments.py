@@ -28,12 +28,20 @@ _SPLIT_BLOCKS = 16
 
 
 def check_half(
-    argument: str, array: Array, shape: tuple[str | int, ...], dtype: DTypeLike | None = None
+    argument: str,
+    array: Array,
+    shape: tuple[str | int, ...],
+    dtype: DTypeLike | None = None,
+    *,
+    may_be_empty: bool = False,
 ) -> None:
-    """Raise unless `array` is bf16 or fp16 (or just `dtype`) of that shape, with no empty dim."""
+    """Raise unless `array` is bf16 or fp16 (or just `dtype`) of that shape.
+
+    No dimension may be 0, but for the first one if `may_be_empty`.
+    """
     check_dtype(argument, array, HALF_DTYPES if dtype is None else [dtype])
     check_shape(argument, array, shape)
-    if 0 in array.shape:
+    if 0 in array.shape[may_be_empty:]:
         raise bad_value(
             argument, f"shape {array.shape}", "no dimension may be 0", "Skip the call instead."
         )

@@ -1,4 +1,4 @@
-"""mha_varlen: multi-head attention over packed sequences (the prefill of MLA), and its gradients."""
+"""mha_varlen: multi-head attention over packed sequences, MLA as in prefill, and its gradients."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def mha_varlen_backward(
     for name in ("dout", "out"):
         # The oracle's own forward results are not rounded to q's dtype.
         wanted = arrays[name].dtype if arrays[name].dtype == backend.result_dtype(dtype) else dtype
-        check_half(name, arrays[name], out_shape, wanted)
+        check_half(name, arrays[name], out_shape, wanted, may_be_empty=True)
     check_dtype("lse", arrays["lse"], [np.float32, backend.result_dtype(np.float32)])
     check_shape("lse", arrays["lse"], out_shape[:2])
     problem = MhaVarlenBackward(
@@ -155,11 +155,11 @@ def _inputs(arrays: Arrays, softmax_scale: float | None, causal: bool) -> dict[s
 def _check(arrays: Arrays, causal: Any) -> tuple[int, int, int]:
     """Check q, k, v and the sequences' bounds; returns the shape of out."""
     q, k, v = arrays["q"], arrays["k"], arrays["v"]
-    check_half("q", q, ("total_q", "h_q", "d_qk"))
+    check_half("q", q, ("total_q", "h_q", "d_qk"), may_be_empty=True)
     total_q, h_q, d_qk = q.shape
-    check_half("k", k, ("total_k", "h_kv", d_qk), q.dtype)
+    check_half("k", k, ("total_k", "h_kv", d_qk), q.dtype, may_be_empty=True)
     total_k, h_kv, _ = k.shape
-    check_half("v", v, (total_k, h_kv, "d_v"), q.dtype)
+    check_half("v", v, (total_k, h_kv, "d_v"), q.dtype, may_be_empty=True)
     check_heads(h_q, h_kv)
     check_flag("causal", causal)
     starts_q, starts_k = arrays["cu_seqlens_q"], arrays["cu_seqlens_k"]

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from cumla.backends.numpy.parallel import run_ordered
-from cumla.backends.numpy.softmax import CHUNK_TOKENS, SoftmaxState, scaled_queries
+from cumla.backends.numpy.softmax import CHUNK_TOKENS, SoftmaxState, scaled_queries, weighted_sum
 from cumla.backends.problems import MhaVarlen, MhaVarlenBackward
 
 Array = NDArray[Any]
@@ -140,16 +140,17 @@ def mha_varlen_backward(problem: MhaVarlenBackward, dtype: DTypeLike) -> None:
                     logits = (q @ k[part].T) * scale
                     p = np.exp(logits - lse[:, None])
                     dz = dout @ v[part].T
-                    if visible is not None:
-                        # Selected, not multiplied: what a row may not see may be NaN.
-                        p = np.where(visible.T, p, 0)
-                        dz = np.where(visible.T, dz, 0)
-                    dv[part] += p.T @ dout
                     dz -= delta[:, None]
                     dz *= p
                     dz *= scale
-                    dq += dz @ k[part]
-                    dk[part] += dz.T @ q
+                    if visible is not None:
+                        # Selected, not multiplied: what a row may not see may be NaN.
+                        p[~visible.T] = 0
+                        dz[~visible.T] = 0
+                    seen_by = None if visible is None else visible.T
+                    dv[part] += weighted_sum(p, dout, seen_by)
+                    dq += weighted_sum(dz.T, k[part], visible)
+                    dk[part] += weighted_sum(dz, q, seen_by)
                 dqs.append(dq)
         return dk, dv, dqs
 

@@ -65,7 +65,7 @@ class SoftmaxState:
         self.peak = peak
         self.total = self.total * decay + np.ones(len(k), k.dtype) @ weights
         self.weighted *= decay[:, None]
-        self.weighted += _weigh(weights, v, visible)
+        self.weighted += weighted_sum(weights, v, visible)
 
     def join(self, other: SoftmaxState) -> None:
         """Join the state of a disjoint set of keys."""
@@ -92,19 +92,22 @@ class SoftmaxState:
         return out, lse
 
 
-def _weigh(weights: Array, v: Array, visible: Array | None) -> Array:
-    """sum_j weights[j, row] * v[j], with 0 * NaN = 0 where the row may not see key j."""
+def weighted_sum(weights: Array, values: Array, visible: Array | None) -> Array:
+    """sum_j weights[j, row] * values[j] over the j that `visible` [n, rows] shows to the row.
+
+    The weights of other j are 0 already; this keeps their values out even where those are NaN.
+    """
     if visible is None:
-        return weights.T @ v
-    broken = np.flatnonzero(~np.isfinite(v).all(axis=1))
+        return weights.T @ values
+    broken = np.flatnonzero(~np.isfinite(values).all(axis=1))
     if not len(broken):
-        return weights.T @ v
-    clean = v.copy()
+        return weights.T @ values
+    clean = values.copy()
     clean[broken] = 0
     result = weights.T @ clean
-    for key in broken:
-        rows = visible[key]
-        result[rows] += weights[key, rows, None] * v[key]
+    for j in broken:
+        rows = visible[j]
+        result[rows] += weights[j, rows, None] * values[j]
     return result
 
 
