@@ -117,32 +117,16 @@ _U8 = np.dtype(np.uint8)
 
 BF16 = KVLayout("BF16", _BF16, _BF16, d_qk=576, d_v=512, d_nope=512, row_elements=576)
 FP16 = KVLayout("FP16", _FP16, _FP16, d_qk=576, d_v=512, d_nope=512, row_elements=576)
+# fmt: off
 V32_FP8 = KVLayout(
-    "V32_FP8",
-    _U8,
-    _BF16,
-    d_qk=576,
-    d_v=512,
-    d_nope=512,
-    row_elements=656,
-    tile=128,
-    scale_bytes=16,
-    default_scale_rule="flashmla",
+    "V32_FP8", _U8, _BF16, d_qk=576, d_v=512, d_nope=512, row_elements=656,
+    tile=128, scale_bytes=16, default_scale_rule="flashmla",
 )
 V4_FP8 = KVLayout(
-    "V4_FP8",
-    _U8,
-    _BF16,
-    d_qk=512,
-    d_v=512,
-    d_nope=448,
-    row_elements=584,
-    tile=64,
-    scale_bytes=8,
-    scales_at_page_end=True,
-    page_multiple=576,
-    default_scale_rule="v4",
+    "V4_FP8", _U8, _BF16, d_qk=512, d_v=512, d_nope=448, row_elements=584,
+    tile=64, scale_bytes=8, scales_at_page_end=True, page_multiple=576, default_scale_rule="v4",
 )
+# fmt: on
 LAYOUTS: tuple[KVLayout, ...] = (BF16, FP16, V32_FP8, V4_FP8)
 
 

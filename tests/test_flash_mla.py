@@ -17,6 +17,7 @@ import cumla
 from cumla import ArgumentError, ArgumentTypeError, flash_mla
 from cumla.flash_mla import (
     FlashMLASchedMeta,
+    decode,
     flash_attn_varlen_func,
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
@@ -24,6 +25,7 @@ from cumla.flash_mla import (
     flash_mla_with_kvcache,
     get_mla_metadata,
 )
+from cumla.flash_mla.decode import SchedConfig
 from cumla.layouts import BF16, FP16, V4_FP8, V32_FP8, KVLayout, pack_kv
 
 Array = NDArray[Any]
@@ -324,7 +326,7 @@ def test_holder_is_filled_once_and_reused() -> None:
     holder, _ = get_mla_metadata()
     first = run(call, holder)
     assert holder.have_initialized
-    assert holder.config == flash_mla.SchedConfig(2, 2, 6, 400, 3, False, False, None, None, None)
+    assert holder.config == SchedConfig(2, 2, 6, 400, 3, False, False, None, None, None)
     plan = cumla.plan_decode(call["cache_seqlens"], split_blocks=16)
     assert holder.tile_scheduler_metadata is not None
     assert holder.num_splits is not None
@@ -344,7 +346,7 @@ def test_holder_follows_the_sparse_lengths() -> None:
     call = sparse_call(extra=(3, 70), topk_length=ints(0, 20), extra_topk_length=ints(70, 1))
     holder, _ = get_mla_metadata()
     run(call, holder)
-    assert holder.config == flash_mla.SchedConfig(2, 2, 3, 8, 1, False, True, 20, 3, 70)
+    assert holder.config == SchedConfig(2, 2, 3, 8, 1, False, True, 20, 3, 70)
     assert holder.plan is not None
     assert holder.plan.kv_lens.tolist() == [64 + 70, 64 + 1]
 
@@ -352,13 +354,13 @@ def test_holder_follows_the_sparse_lengths() -> None:
 def test_the_holders_plan_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     for make, op in ((dense_call, "dense_decode"), (sparse_call, "sparse_decode")):
         plans: list[Any] = []
-        original = getattr(flash_mla, op)
+        original = getattr(decode, op)
 
         def spy(*args: Any, original: Any = original, plans: Any = plans, **how: Any) -> Any:
             plans.append(how["plan"])
             return original(*args, **how)
 
-        monkeypatch.setattr(flash_mla, op, spy)
+        monkeypatch.setattr(decode, op, spy)
         holder, _ = get_mla_metadata()
         run(make(), holder)
         run(make(), holder)
