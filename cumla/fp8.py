@@ -11,11 +11,14 @@ bf16 has the exponent range of float32 and its upper 16 bits, which the bit arit
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
+
+from cumla.scratch import scratch
 
 Bytes = NDArray[np.uint8]
 Float32 = NDArray[np.float32]
@@ -54,8 +57,6 @@ UE8M0_TABLE.flags.writeable = False
 _E4M3_FIELDS = np.uint32(0x87F00000).view(np.int32)
 # float32's exponent bias is 127 and e4m3's is 7, so the shifted bits read 2**-120 times the value.
 _BIAS_STEP = np.float32(2.0**120)
-# Values decoded at a time: 128 KB of float32, which stay in a core's L2 cache beside the rest.
-_DECODE_VALUES = 1 << 15
 
 
 def _shift_codes(codes: Bytes, out: Float32) -> None:
@@ -174,32 +175,50 @@ def encode_tiles(tiles: NDArray[Any], rule: ScaleRule) -> tuple[Bytes, Float32]:
     return encode_e4m3(scaled), scales
 
 
-def decode_tiles(codes: Bytes, scales: Float32, out: Float32) -> None:
+@dataclass(frozen=True)
+class TileScales:
+    """The scales of many tiles, [n, ...], looked at once before the tiles are decoded in parts."""
+
+    factors: Float32
+    """[n, ..., 1]: what the shifted codes are multiplied with at last."""
+    merged: bool
+    """Whether `factors` has the step between e4m3's and float32's exponents in it."""
+    exact: bool
+    """Whether no product of an e4m3 value needs rounding to bf16."""
+
+    @classmethod
+    def of(cls, scales: Float32) -> TileScales:
+        with np.errstate(over="ignore", invalid="ignore"):
+            rounded = scales.astype(BF16).astype(np.float32)
+            # Scales this small can take the step into themselves, which saves a pass.
+            merged = bool(np.abs(rounded).max(initial=0) < 2.0**7)
+            factors = rounded * _BIAS_STEP if merged else rounded
+        return cls(factors[..., None], merged, _keep_bf16(rounded))
+
+    def __getitem__(self, part: slice) -> TileScales:
+        return TileScales(self.factors[part], self.merged, self.exact)
+
+
+def decode_tiles(codes: Bytes, scales: Float32 | TileScales, out: Float32) -> None:
     """Decode e4m3 `codes` [n, ..., tile] under float32 `scales` [n, ...] into `out`, as codes.
 
     The value is bf16(code * bf16(scale)): the scale is rounded to bf16 and then the product, each
     once and to nearest even, as a kernel does that multiplies in bf16. Each result is a bf16
     number held in float32. `out` may be a strided view.
     """
-    step = max(_DECODE_VALUES * len(codes) // max(codes.size, 1), 1)
-    scratch = np.empty((min(step, len(codes)), *codes.shape[1:]), np.float32)
+    if not isinstance(scales, TileScales):
+        scales = TileScales.of(scales)
+    values = scratch("fp8.decode_tiles", codes.shape, np.float32)
+    _shift_codes(codes, values)
     # Infinities and NaN come out as IEEE 754 has it, without a word.
     with np.errstate(over="ignore", invalid="ignore"):
-        rounded = scales.astype(BF16).astype(np.float32)
-        # Scales this small can take the bias step into themselves, which saves a pass.
-        merged = np.abs(rounded).max(initial=0) < 2.0**7
-        factors = (rounded * _BIAS_STEP if merged else rounded)[..., None]
-        for first in range(0, len(codes), step):
-            part = slice(first, first + step)
-            values = scratch[: len(codes[part])]
-            _shift_codes(codes[part], values)
-            if not merged:
-                values *= _BIAS_STEP
-            np.multiply(values, factors[part], out=out[part])
+        if not scales.merged:
+            values *= _BIAS_STEP
+        np.multiply(values, scales.factors, out=out)
         is_nan = _nan_codes(codes)
         if is_nan.any():
             out[is_nan] = np.nan
-        if not _keep_bf16(rounded):
+        if not scales.exact:
             np.copyto(out, out.astype(BF16))
 
 

@@ -315,8 +315,13 @@ def decode_rows(pages: Array, layout: KVLayout, slots: NDArray[Any], out: Float3
     scales = fields.scales[page, offset]
     if layout.scales_at_page_end:
         scales = fp8.decode_ue8m0(scales[:, : layout.num_scales])
-    codes = fields.nope[page, offset].reshape(-1, layout.num_scales, layout.tile)
-    fp8.decode_tiles(codes, scales, out[:, : layout.d_nope].reshape(codes.shape))
+    tile_scales = fp8.TileScales.of(scales)
+    for first in range(0, len(slots), _CHUNK_ROWS):
+        part = slice(first, first + _CHUNK_ROWS)
+        codes = fields.nope[page[part], offset[part]]
+        tiles = codes.reshape(-1, layout.num_scales, layout.tile)
+        values = out[part, : layout.d_nope].reshape(tiles.shape)
+        fp8.decode_tiles(tiles, tile_scales[part], values)
     np.copyto(out[:, layout.d_nope :], fields.rope[page, offset])
 
 

@@ -19,6 +19,7 @@ from cumla.backends.numpy.softmax import CHUNK_TOKENS, SoftmaxState, scaled_quer
 from cumla.backends.problems import DenseDecode, SparseDecode, TokenPool
 from cumla.layouts import KVLayout
 from cumla.schedule import DecodePlan, Piece
+from cumla.scratch import scratch
 
 Array = NDArray[Any]
 
@@ -44,7 +45,7 @@ def dense_decode(problem: DenseDecode, dtype: DTypeLike) -> None:
         state = SoftmaxState(s_q * group, d_v, dtype)
         first = piece.begin_block * problem.plan.block_size
         last = min(piece.end_block * problem.plan.block_size, length)
-        buffer = np.empty((min(CHUNK_TOKENS, max(last - first, 0)), d_qk), dtype)
+        buffer = scratch("keys", (min(CHUNK_TOKENS, max(last - first, 0)), d_qk), dtype)
         with np.errstate(all="ignore"):
             for begin in range(first, last, CHUNK_TOKENS):
                 token = np.arange(begin, min(begin + CHUNK_TOKENS, last))
@@ -92,7 +93,7 @@ def sparse_decode(problem: SparseDecode, dtype: DTypeLike) -> None:
         q_scaled = scaled_queries(problem.q[piece.request, s], problem.softmax_scale, dtype)
         state = SoftmaxState(h_q, d_v, dtype)
         chosen = _selections(problem, piece, s)
-        buffer = np.empty((CHUNK_TOKENS, d_qk), np.float32)
+        buffer = scratch("keys", (CHUNK_TOKENS, d_qk), np.float32)
         filled = 0
         with np.errstate(all="ignore"):
             for selection in chosen:

@@ -61,7 +61,8 @@ def _tiles(problem: MhaVarlen) -> list[list[_Tile]]:
         length = k_end - k_begin
         for head in range(problem.k.shape[1]):
             tiles = []
-            for first in range(q_begin, q_end, step):
+            # A sequence without queries still has one tile, whose keys get gradients of 0.
+            for first in range(q_begin, max(q_end, q_begin + 1), step):
                 last = min(first + step, q_end)
                 limit = np.full(last - first, length)
                 if problem.causal:
@@ -81,7 +82,7 @@ def _tiles(problem: MhaVarlen) -> list[list[_Tile]]:
 
 def _chunks(tile: _Tile) -> Iterator[tuple[slice, Array | None]]:
     """The runs of keys that some row of the tile sees, and who sees which (None: all see all)."""
-    length = max(int(tile.limit[-1]), 0)  # the last query token sees the most
+    length = int(tile.limit.max(initial=0))
     for begin in range(0, length, CHUNK_TOKENS):
         end = min(begin + CHUNK_TOKENS, length)
         token = np.arange(begin, end)
@@ -163,7 +164,4 @@ def mha_varlen_backward(problem: MhaVarlenBackward, dtype: DTypeLike) -> None:
                 target = problem.dq[tile.queries, tile.heads]
                 target[...] = dq.reshape(target.shape)
 
-    # Keys that no query token attends to get no gradient, and no tile either.
-    problem.dk[...] = 0
-    problem.dv[...] = 0
-    run_ordered(differentiate, [tiles for tiles in _tiles(forward) if tiles], store)
+    run_ordered(differentiate, _tiles(forward), store)

@@ -9,11 +9,10 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from threadpoolctl import ThreadpoolController
 
@@ -23,6 +22,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 ENVIRONMENT_VARIABLE = "CUMLA_NUM_THREADS"
+_MOST_THREADS = 1024
 
 
 def num_threads() -> int:
@@ -31,11 +31,16 @@ def num_threads() -> int:
     if not text:
         affinity = getattr(os, "sched_getaffinity", None)  # Linux only
         return len(affinity(0)) if affinity else os.cpu_count() or 1
-    if not text.isdigit() or int(text) < 1:
+    # len: int() refuses numbers of thousands of digits in words of its own.
+    threads = int(text) if text.isdecimal() and len(text) < 10 else 0
+    if not 1 <= threads <= _MOST_THREADS:
         raise bad_value(
-            ENVIRONMENT_VARIABLE, repr(text), "it must be an integer >= 1", "Unset it or set 2."
+            ENVIRONMENT_VARIABLE,
+            repr(text),
+            f"it must be an integer in [1, {_MOST_THREADS}]",
+            "Unset it for as many as there are CPUs.",
         )
-    return int(text)
+    return threads
 
 
 @cache
@@ -43,36 +48,54 @@ def _executor(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="cumla")
 
 
+class _SingleThreadedBlas:
+    """A context, for any number of callers at once, in which every BLAS runs on one thread.
+
+    OpenBLAS takes new limits from the first thread that ever set one, and quietly from no other
+    while that one lives. So all limits are set by one thread that lives as long as we do.
+    """
+
+    def __init__(self) -> None:
+        # Looking for the loaded BLAS libraries takes milliseconds, so it is done once.
+        self._libraries = ThreadpoolController().select(user_api="blas")
+        self._limit: Any = None
+        self._start()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._start_in_child)
+
+    def _start(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._setter = ThreadPoolExecutor(1, thread_name_prefix="cumla-blas")
+
+    def _start_in_child(self) -> None:
+        """A forked child has none of its parent's threads, and none of the calls they are in."""
+        was_limited = self._users > 0
+        self._start()
+        if was_limited:
+            self._setter.submit(self._limit.restore_original_limits).result()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._users == 0:
+                self._limit = self._setter.submit(self._libraries.limit, limits=1).result()
+            self._users += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                self._setter.submit(self._limit.restore_original_limits).result()
+
+
 @cache
-def _blas() -> ThreadpoolController:
-    # Looking for the loaded BLAS libraries takes milliseconds, so it is done once.
-    return ThreadpoolController().select(user_api="blas")
+def _single_threaded_blas() -> _SingleThreadedBlas:
+    return _SingleThreadedBlas()
 
 
 if hasattr(os, "register_at_fork"):
     # A forked child has none of its parent's threads, so it must not inherit their pool.
     os.register_at_fork(after_in_child=_executor.cache_clear)
-
-_blas_lock = threading.Lock()
-_blas_users = 0
-_blas_limit: list[object] = []
-
-
-@contextmanager
-def _single_threaded_blas() -> Iterator[None]:
-    """BLAS runs in the calling thread alone until the last concurrent user of this leaves."""
-    global _blas_users
-    with _blas_lock:
-        _blas_users += 1
-        if _blas_users == 1:
-            _blas_limit.append(_blas().limit(limits=1))
-    try:
-        yield
-    finally:
-        with _blas_lock:
-            _blas_users -= 1
-            if _blas_users == 0:
-                _blas_limit.pop().restore_original_limits()  # type: ignore[attr-defined]
 
 
 def run_ordered(

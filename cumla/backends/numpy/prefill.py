@@ -8,6 +8,7 @@ from numpy.typing import DTypeLike
 from cumla.backends.numpy.parallel import run_ordered
 from cumla.backends.numpy.softmax import CHUNK_TOKENS, SoftmaxState, scaled_queries
 from cumla.backends.problems import SparsePrefill
+from cumla.scratch import scratch
 
 # Query tokens a thread takes at a time, so that handing them out costs nothing beside them.
 _QUERIES_PER_ITEM = 8
@@ -30,7 +31,7 @@ def sparse_prefill(problem: SparsePrefill, dtype: DTypeLike) -> None:
         tokens = tokens[(tokens >= 0) & (tokens < s_kv)]
         q_scaled = scaled_queries(problem.q[query], problem.softmax_scale, dtype)
         state = SoftmaxState(h_q, problem.d_v, dtype)
-        buffer = np.empty((min(CHUNK_TOKENS, len(tokens)), d_qk), dtype)
+        buffer = scratch("keys", (min(CHUNK_TOKENS, len(tokens)), d_qk), dtype)
         for begin in range(0, len(tokens), CHUNK_TOKENS):
             chunk = tokens[begin : begin + CHUNK_TOKENS]
             k = buffer[: len(chunk)]

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from cumla.backends.problems import MergeAttention
+from cumla.scratch import scratch
 
 Array = NDArray[Any]
 
@@ -53,7 +54,8 @@ class SoftmaxState:
         None means all. Nothing of a key that a row may not see reaches it, not even NaN.
         """
         # Tokens down, rows across: of BLAS's orders this is the fastest for few rows.
-        logits = k @ q_scaled.T
+        logits = scratch("logits", (len(k), len(q_scaled)), k.dtype)
+        np.matmul(k, q_scaled.T, out=logits)
         if visible is not None:
             logits[~visible] = -np.inf
         peak = np.maximum(self.peak, logits.max(axis=0))
@@ -98,7 +100,8 @@ def weighted_sum(weights: Array, values: Array, visible: Array | None) -> Array:
     The weights of other j are 0 already; this keeps their values out even where those are NaN.
     """
     if visible is None:
-        return weights.T @ values
+        result = scratch("weighted_sum", (weights.shape[1], values.shape[1]), values.dtype)
+        return np.matmul(weights.T, values, out=result)
     broken = np.flatnonzero(~np.isfinite(values).all(axis=1))
     if not len(broken):
         return weights.T @ values
