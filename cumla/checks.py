@@ -38,6 +38,13 @@ def bad_type(argument: str, got: object, rule: str, fix: str) -> ArgumentTypeErr
 
 def check_array(argument: str, value: Any) -> NDArray[Any]:
     """Return `value` if it is a NumPy array, else raise."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise bad_type(
+            argument,
+            "a masked array",
+            "its mask would be lost",
+            "Fill it with .filled(...), or select rows another way.",
+        )
     if not isinstance(value, np.ndarray):
         raise bad_type(
             argument,
@@ -50,6 +57,13 @@ def check_array(argument: str, value: Any) -> NDArray[Any]:
 
 def check_dtype(argument: str, array: NDArray[Any], allowed: Sequence[DTypeLike]) -> None:
     """Raise unless `array` has one of the `allowed` dtypes."""
+    if not array.dtype.isnative:
+        raise bad_type(
+            argument,
+            f"dtype {array.dtype.str}",
+            "it must have this machine's byte order",
+            "Convert it with .astype(a.dtype.newbyteorder('=')).",
+        )
     if array.dtype not in [np.dtype(one) for one in allowed]:
         names = " or ".join(np.dtype(one).name for one in allowed)
         raise bad_type(

@@ -1,6 +1,7 @@
 """FP8 numbers: e4m3 values, UE8M0 scales and the named rules by which a tile gets its scale.
 
-This is the NumPy definition, vectorised, that kernels are held against byte for byte.
+This is the NumPy definition, vectorised, that kernels are held against byte for byte. Its callers
+have checked their arrays: native float32, uint8 codes, bf16 tiles.
 
 e4m3 ("e4m3fn"): 1 sign, 4 exponent (bias 7), 3 mantissa bits, no infinity, NaN = 0x7F and 0xFF,
 largest value 448, smallest subnormal 2**-9 (OCP 8-bit Floating Point Specification 1.0).
@@ -11,13 +12,13 @@ bf16 has the exponent range of float32 and its upper 16 bits, which the bit arit
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from cumla.checks import bad_value
 from cumla.scratch import scratch
 
 Bytes = NDArray[np.uint8]
@@ -57,6 +58,8 @@ UE8M0_TABLE.flags.writeable = False
 _E4M3_FIELDS = np.uint32(0x87F00000).view(np.int32)
 # float32's exponent bias is 127 and e4m3's is 7, so the shifted bits read 2**-120 times the value.
 _BIAS_STEP = np.float32(2.0**120)
+# Values decoded at a time: 256 KB of float32, which stay in a core's L2 cache between the passes.
+_DECODE_VALUES = 1 << 16
 
 
 def _shift_codes(codes: Bytes, out: Float32) -> None:
@@ -138,8 +141,9 @@ def ceil_power_of_two(values: Float32) -> Float32:
 def tile_amax(tiles: NDArray[Any]) -> Float32:
     """max |x| over the last axis of bf16 `tiles`, as float32.
 
-    NaN elements do not count (CUDA's fmaxf), and an infinity counts as the largest finite bf16,
-    so that one bad element neither destroys nor rescales its tile beyond what bf16 can hold.
+    NaN elements do not count (CUDA's fmaxf), so their neighbours are encoded as if they were not
+    there. An infinity counts as the largest finite bf16: it comes back as an infinity or as a
+    number near that, and what is small beside it as 0.
     """
     magnitude = tiles.view(np.uint16) & _BF16_ABS
     peak = magnitude.max(axis=-1)
@@ -160,7 +164,11 @@ def tile_scale(amax: Float32, rule: ScaleRule) -> Float32:
         return ceil_power_of_two(np.maximum(amax / E4M3_MAX, _FLASHMLA_MIN_SCALE))
     if rule == "v4":
         return ceil_power_of_two(np.maximum(amax, _V4_MIN_AMAX) / E4M3_MAX)
-    return np.maximum(amax / E4M3_MAX, _RAW_MIN_SCALE)
+    if rule == "raw":
+        return np.maximum(amax / E4M3_MAX, _RAW_MIN_SCALE)
+    raise bad_value(
+        "rule", repr(rule), f"it must be one of {', '.join(SCALE_RULES)}", "Pass one of them."
+    )
 
 
 def encode_tiles(tiles: NDArray[Any], rule: ScaleRule) -> tuple[Bytes, Float32]:
@@ -175,50 +183,31 @@ def encode_tiles(tiles: NDArray[Any], rule: ScaleRule) -> tuple[Bytes, Float32]:
     return encode_e4m3(scaled), scales
 
 
-@dataclass(frozen=True)
-class TileScales:
-    """The scales of many tiles, [n, ...], looked at once before the tiles are decoded in parts."""
-
-    factors: Float32
-    """[n, ..., 1]: what the shifted codes are multiplied with at last."""
-    merged: bool
-    """Whether `factors` has the step between e4m3's and float32's exponents in it."""
-    exact: bool
-    """Whether no product of an e4m3 value needs rounding to bf16."""
-
-    @classmethod
-    def of(cls, scales: Float32) -> TileScales:
-        with np.errstate(over="ignore", invalid="ignore"):
-            rounded = scales.astype(BF16).astype(np.float32)
-            # Scales this small can take the step into themselves, which saves a pass.
-            merged = bool(np.abs(rounded).max(initial=0) < 2.0**7)
-            factors = rounded * _BIAS_STEP if merged else rounded
-        return cls(factors[..., None], merged, _keep_bf16(rounded))
-
-    def __getitem__(self, part: slice) -> TileScales:
-        return TileScales(self.factors[part], self.merged, self.exact)
-
-
-def decode_tiles(codes: Bytes, scales: Float32 | TileScales, out: Float32) -> None:
+def decode_tiles(codes: Bytes, scales: Float32, out: Float32) -> None:
     """Decode e4m3 `codes` [n, ..., tile] under float32 `scales` [n, ...] into `out`, as codes.
 
     The value is bf16(code * bf16(scale)): the scale is rounded to bf16 and then the product, each
     once and to nearest even, as a kernel does that multiplies in bf16. Each result is a bf16
     number held in float32. `out` may be a strided view.
     """
-    if not isinstance(scales, TileScales):
-        scales = TileScales.of(scales)
-    values = scratch("fp8.decode_tiles", codes.shape, np.float32)
-    _shift_codes(codes, values)
     # Infinities and NaN come out as IEEE 754 has it, without a word.
     with np.errstate(over="ignore", invalid="ignore"):
-        if not scales.merged:
-            values *= _BIAS_STEP
-        np.multiply(values, scales.factors, out=out)
+        rounded = scales.astype(BF16).astype(np.float32)
+        # Scales this small can take the step between the exponents into themselves: a pass less.
+        merged = np.abs(rounded).max(initial=0) < 2.0**7
+        factors = (rounded * _BIAS_STEP if merged else rounded)[..., None]
+        step = max(_DECODE_VALUES * len(codes) // max(codes.size, 1), 1)
+        for first in range(0, len(codes), step):
+            part = slice(first, first + step)
+            values = scratch("fp8.decode_tiles", codes[part].shape, np.float32)
+            _shift_codes(codes[part], values)
+            if not merged:
+                values *= _BIAS_STEP
+            np.multiply(values, factors[part], out=out[part])
         is_nan = _nan_codes(codes)
         if is_nan.any():
             out[is_nan] = np.nan
-        if not scales.exact:
+        if not _keep_bf16(rounded):
             np.copyto(out, out.astype(BF16))
 
 

@@ -96,11 +96,11 @@ class KVLayout:
 
     def empty_pages(self, num_pages: int, page_size: int, h_kv: int = 1) -> Array:
         """A zeroed pool [num_pages, page_size, h_kv, row_elements] with this format's stride."""
+        check_int("num_pages", num_pages, low=0)
+        check_int("page_size", page_size, low=1)
+        check_int("h_kv", h_kv, low=1, high=1 if self.is_fp8 else None)
         stride = self.page_stride(page_size, h_kv)
-        # Not np.zeros: NumPy asks the system for huge pages for np.empty alone, and rows gathered
-        # at random from a large pool cost half as much with them.
-        buffer = np.empty((num_pages, stride), np.uint8)
-        buffer.fill(0)
+        buffer = np.zeros((num_pages, stride), np.uint8)
         return as_strided(
             buffer.view(self.dtype),
             (num_pages, page_size, h_kv, self.row_elements),
@@ -168,13 +168,15 @@ def check_scale_rule(layout: KVLayout, rule: Any) -> ScaleRule | None:
         raise bad_value(
             "scale_rule", repr(rule), f"layout {layout} has no scales", "Leave scale_rule out."
         )
+    if not isinstance(rule, str):
+        raise bad_type("scale_rule", repr(rule), "it must be a string", "Pass 'flashmla'.")
     allowed = [one for one in fp8.SCALE_RULES if one != "raw" or not layout.scales_at_page_end]
     if rule not in allowed:
         raise bad_value(
             "scale_rule",
             repr(rule),
             f"layout {layout} takes one of {', '.join(allowed)}",
-            f"The rule of its usual writers is {layout.default_scale_rule!r}.",
+            f"The default is {layout.default_scale_rule!r}.",
         )
     chosen: ScaleRule = rule
     return chosen
@@ -187,7 +189,8 @@ def check_pages(
 
     Legal: [pages, page_size, h_kv, row_elements], the layout's dtype (any one-byte view for FP8),
     contiguous rows, strides of at least a row that are multiples of 16 bytes. The tokens of an FP8
-    page follow each other without a gap; padding of any such size may follow the page.
+    page follow each other without a gap; padding of any such size may follow the page. Where the
+    scales of a V4_FP8 page lie depends on its page size, so such a pool cannot be sliced along it.
     """
     check_array(argument, pages)
     if layout.is_fp8 and _holds_bytes(pages.dtype):
@@ -212,6 +215,7 @@ def check_pages(
             f"the tokens of a {layout} page must follow each other every {token_bytes} bytes",
             "Copy the pages into layout.empty_pages(...).",
         )
+    # Rows must not overlap; how pages of BF16 and FP16 rows are nested is free.
     for axis, name in ((0, "page"), (1, "token"), (2, "head")):
         stride = pages.strides[axis]
         # A dimension of size 1 is never stepped along, whatever stride it carries.
@@ -315,13 +319,8 @@ def decode_rows(pages: Array, layout: KVLayout, slots: NDArray[Any], out: Float3
     scales = fields.scales[page, offset]
     if layout.scales_at_page_end:
         scales = fp8.decode_ue8m0(scales[:, : layout.num_scales])
-    tile_scales = fp8.TileScales.of(scales)
-    for first in range(0, len(slots), _CHUNK_ROWS):
-        part = slice(first, first + _CHUNK_ROWS)
-        codes = fields.nope[page[part], offset[part]]
-        tiles = codes.reshape(-1, layout.num_scales, layout.tile)
-        values = out[part, : layout.d_nope].reshape(tiles.shape)
-        fp8.decode_tiles(tiles, tile_scales[part], values)
+    codes = fields.nope[page, offset].reshape(-1, layout.num_scales, layout.tile)
+    fp8.decode_tiles(codes, scales, out[:, : layout.d_nope].reshape(codes.shape))
     np.copyto(out[:, layout.d_nope :], fields.rope[page, offset])
 
 
@@ -347,8 +346,9 @@ def pack_kv(
             compute dtype first. h_kv is 1 for the FP8 layouts.
         layout: one of `cumla.layouts`.
         page_size: tokens a page; must equal kv's second dimension.
-        scale_rule: "flashmla", "v4" or "raw" (V32_FP8 only), see `cumla.fp8.tile_scale`; the
-            layout's usual rule by default. Not for BF16 and FP16.
+        scale_rule: "flashmla", "v4" or "raw" (V32_FP8 only), see `cumla.fp8.tile_scale`; by
+            default "flashmla" for V32_FP8 and "v4" for V4_FP8. vLLM and SGLang write V32 as
+            "raw". Not for BF16 and FP16.
 
     Returns:
         [pages, page_size, h_kv, row_elements] in the layout's dtype (uint8 for FP8), with a page

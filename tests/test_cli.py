@@ -113,7 +113,6 @@ def test_info_without_cupy_or_nvrtc(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_info_json_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cupy", fake_cupy(2))
     monkeypatch.setenv("CUMLA_NUM_THREADS", "3")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     result = run("info --json")
     assert result.exit_code == 0, result.output
     facts = json.loads(result.output)
@@ -125,9 +124,13 @@ def test_info_json_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert facts["threads"] == 3
     assert facts["backends"]["numpy"] is None
     assert set(facts["backends"]) == {"numpy", "cupy", "sim"}
-    assert facts["kernel_sources"].endswith("kernels_cu")
-    if sys.platform == "linux":
-        assert facts["kernel_cache"] == {"path": "/somewhere/cumla", "used": False}
+    assert facts["default_backend"] == "numpy"
+    assert (facts["kernel_sources"], facts["kernel_cache"]) == (None, None)
+
+
+def test_info_shows_a_backend_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUMLA_BACKEND", "torch")
+    assert "CUMLA_BACKEND: got 'torch'" in run("info").output
 
 
 def test_info_says_why_when_the_driver_lists_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

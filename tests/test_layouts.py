@@ -587,7 +587,7 @@ REFUSED_KV = [
     Refusal("raw on BF16", VALUE, "scale_rule: got 'raw'; layout BF16", KV_576, BF16, rule="raw"),
     Refusal("v4 on FP16", VALUE, "scale_rule: got 'v4'; layout FP16", KV_576, FP16, rule="v4"),
     Refusal("no such rule", VALUE, "'max'.*flashmla, v4, raw", KV_576, V32_FP8, rule="max"),
-    Refusal("rule 1", VALUE, "scale_rule: got 1", KV_576, V32_FP8, rule=1),
+    Refusal("rule 1", TYPE, "scale_rule: got 1", KV_576, V32_FP8, rule=1),
 ]
 
 
@@ -649,7 +649,7 @@ REFUSED_POOLS = [
     Refusal("no pages", VALUE, "pages: got shape", V32_FP8.empty_pages(0, 2), V32_FP8),
     Refusal("no pages V4", VALUE, "pages: got shape", V4_FP8.empty_pages(0, 2), V4_FP8),
     Refusal("no pages BF16", VALUE, "pages: got shape", BF16.empty_pages(0, 2), BF16),
-    Refusal("no heads", VALUE, "pages: got shape", BF16.empty_pages(1, 2, 0), BF16),
+    Refusal("no heads", VALUE, "pages: got shape", BF16.empty_pages(1, 2, 1)[:, :, :0], BF16),
     Refusal("V32 last stride 2", VALUE, "last-dimension stride of 2", STRIDE_2_V32, V32_FP8),
     Refusal("BF16 last stride 4", VALUE, "last-dimension stride of 4", STRIDE_4_BF16, BF16),
     Refusal("rows reversed", VALUE, "last-dimension stride of -1", V4_POOL[..., ::-1], V4_FP8),
@@ -710,3 +710,17 @@ def test_check_scale_rule_and_layout() -> None:
     assert layouts.check_scale_rule(V32_FP8, "raw") == "raw"
     with pytest.raises(dataclasses.FrozenInstanceError):
         BF16.d_v = 1  # type: ignore[misc]
+
+
+def test_a_masked_array_and_a_foreign_byte_order_are_refused() -> None:
+    kv = np.zeros((1, 4, 1, 576), np.float32)
+    with pytest.raises(ArgumentTypeError, match="^kv: .*mask"):
+        pack_kv(np.ma.masked_array(kv), V32_FP8, 4)
+    with pytest.raises(ArgumentTypeError, match="^kv: .*byte order"):
+        pack_kv(kv.astype(kv.dtype.newbyteorder()), V32_FP8, 4)
+
+
+@pytest.mark.parametrize("rule", [1, ["raw"], np.array(["raw", "v4"])], ids=str)
+def test_a_scale_rule_is_a_string(rule: Any) -> None:
+    with pytest.raises(ArgumentTypeError, match="^scale_rule: "):
+        pack_kv(np.zeros((1, 4, 1, 576), np.float32), V32_FP8, 4, scale_rule=rule)

@@ -29,6 +29,8 @@ import click
 import numpy as np
 
 import cumla
+from cumla.backends.arrays import in_type_of
+from cumla.backends.numpy.parallel import num_threads
 from cumla.cli.comparison import DENSE_OUT, SPARSE_OUT, compare
 from cumla.layouts import BF16, V4_FP8, V32_FP8, KVLayout
 
@@ -87,13 +89,8 @@ def cumla_call(case: Case, data: dict[str, Any]) -> Callable[[], np.ndarray[Any,
 def torch_call(case: Case, data: dict[str, Any], looped: bool) -> Callable[[], Any]:
     import torch
 
-    from cumla.backends.arrays import Arrays
-
-    # Through cumla's own DLPack door, the other way round: bf16 and bytes without a copy.
-    door = Arrays(example=torch.empty(1))
-
     def tensor(array: np.ndarray[Any, Any]) -> Any:
-        return door.give_back("tensor", array)
+        return in_type_of(array, torch.empty(0))
 
     q, scale = tensor(data["q"]), data["scale"]
     d_v = LAYOUTS[case.layout].d_v
@@ -193,7 +190,7 @@ def measure(side: str, case: Case, threads: int, repeats: int, result_file: Path
 
 
 @click.command()
-@click.option("--threads", default=len(os.sched_getaffinity(0)), help="Threads of each side.")
+@click.option("--threads", default=num_threads(), help="Threads of each side.")
 @click.option("--rounds", default=3, help="How often the sides alternate.")
 @click.option("--repeats", default=7, help="Timed calls of a side in a round.")
 @click.option("--worker", nargs=3, hidden=True, help="Side, case number and result file.")

@@ -41,7 +41,7 @@ def check_half(
     """
     check_dtype(argument, array, HALF_DTYPES if dtype is None else [dtype])
     check_shape(argument, array, shape)
-    if 0 in array.shape[may_be_empty:]:
+    if 0 in (array.shape[1:] if may_be_empty else array.shape):
         raise bad_value(
             argument, f"shape {array.shape}", "no dimension may be 0", "Skip the call instead."
         )
@@ -115,7 +115,7 @@ def check_stream(stream: Any) -> None:
         raise bad_value(
             "stream",
             repr(stream),
-            "NumPy arrays are computed in the calling thread, on no CUDA stream",
+            "NumPy arrays are computed on the CPU before the call returns",
             "Leave stream out.",
         )
 
@@ -151,5 +151,21 @@ def result_array(
     if not given.flags.writeable:
         raise bad_value(
             argument, "a read-only array", "results are written to it", "Pass a writable one."
+        )
+    for name, other in arrays.items():
+        # Exactly: dk and dv may well be the interleaved halves of one array.
+        if name != argument and np.shares_memory(given, other):
+            raise bad_value(
+                argument,
+                f"an array that shares memory with {name}",
+                "what is written to it must not change another argument",
+                "Pass memory of its own.",
+            )
+    if any(step == 0 and size > 1 for step, size in zip(given.strides, given.shape, strict=True)):
+        raise bad_value(
+            argument,
+            f"strides {given.strides}",
+            "elements of a result must not share memory",
+            "Pass an array that was not broadcast.",
         )
     return given

@@ -35,7 +35,8 @@ def merge_attention(
             [b, s_q, h_q, d_v] as the decode ops return or [total_q, h_q, d_v] as the others do.
         lses: their n lses, float32, natural log, as the same op returned them: [b, h_q, s_q] for
             outs of four dimensions, [total_q, h_q] for three. An lse of +inf or -inf marks a row
-            without a key, whose out is not looked at.
+            without a key; its out does not count. (With +inf and an out of NaN, as the ops return
+            for a row that met a NaN, the merged row is NaN.)
         out, lse: where to put the results, of their shapes and dtypes.
         stream: a CUDA stream, for arrays on a GPU.
 

@@ -172,7 +172,9 @@ def _check_bounds(argument: str, bounds: Array, size: str | int, total: int) -> 
     """Raise unless `bounds` runs from 0 to `total` without a step back."""
     check_dtype(argument, bounds, [np.int32])
     check_shape(argument, bounds, [size])
-    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != total or (np.diff(bounds) < 0).any():
+    # Compared, not subtracted: a difference may wrap around in int32.
+    falls = (bounds[1:] < bounds[:-1]).any()
+    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != total or falls:
         raise bad_value(
             argument,
             np.array2string(bounds, threshold=8),

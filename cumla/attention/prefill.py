@@ -99,7 +99,7 @@ def sparse_prefill(
             "topk_length", lengths, ((s_q,),), topk, f"indices has {topk} for each query."
         )
     check_sink(arrays.optional("attn_sink"), h_q)
-    check_int("d_v", d_v, low=_V_DIM, high=_V_DIM)
+    d_v = check_int("d_v", d_v, low=_V_DIM, high=_V_DIM)
     if sm_scale is None:
         raise bad_value("sm_scale", None, "it has no default", "Pass a float such as d_qk**-0.5.")
     problem = SparsePrefill(

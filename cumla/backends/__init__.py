@@ -83,11 +83,11 @@ def _float64() -> Backend:
     return NumpyBackend(np.float64)
 
 
-def _not_built_yet(name: str) -> Callable[[], Backend]:
+def _not_written_yet(name: str) -> Callable[[], Backend]:
     def load() -> Backend:
         raise BackendUnavailable(
-            f"backend {name!r}: its kernels are not built yet. Pass NumPy arrays and use the "
-            "'numpy' backend."
+            f"backend {name!r}: this version of cumla has no GPU kernels yet. Pass NumPy arrays "
+            "and use the 'numpy' backend."
         )
 
     return load
@@ -96,8 +96,8 @@ def _not_built_yet(name: str) -> Callable[[], Backend]:
 _LOADERS: dict[str, Callable[[], Backend]] = {
     "numpy": _numpy,
     _ORACLE: _float64,
-    "cupy": _not_built_yet("cupy"),
-    "sim": _not_built_yet("sim"),
+    "cupy": _not_written_yet("cupy"),
+    "sim": _not_written_yet("sim"),
 }
 _loaded: dict[str, Backend] = {}
 _chosen: ContextVar[str | None] = ContextVar("cumla_backend", default=None)

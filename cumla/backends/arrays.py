@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cumla.backends import BackendUnavailable
-from cumla.checks import bad_type, bad_value
+from cumla.checks import bad_type, bad_value, check_array
 
 Array = NDArray[Any]
 
@@ -110,7 +110,7 @@ def _namespace(example: Any) -> Any:
     return None
 
 
-def _export(array: Array, example: Any) -> Any:
+def in_type_of(array: Array, example: Any) -> Any:
     """`array` in the array type of `example`, sharing its memory."""
     namespace = _namespace(example)
     code = _CODES.get(array.dtype)
@@ -126,7 +126,7 @@ def _device(argument: str, value: Any) -> int:
     if hasattr(value, "__dlpack_device__"):
         try:
             kind = int(value.__dlpack_device__()[0])
-        except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        except (BufferError, IndexError, RuntimeError, TypeError, ValueError) as error:
             raise bad_type(
                 argument,
                 f"a {type(value).__name__} that does not export through DLPack ({error})",
@@ -179,8 +179,8 @@ class Arrays:
                 )
         if devices[first] == _CUDA:
             raise BackendUnavailable(
-                f"{first}: it is on a GPU, and the GPU kernels are not built yet. Copy it to the "
-                "CPU with cupy.asnumpy (torch: .cpu()) and pass NumPy arrays."
+                f"{first}: it is on a GPU, and this version of cumla has no GPU kernels yet. Copy "
+                "it to the CPU with cupy.asnumpy (torch: .cpu()) and pass NumPy arrays."
             )
         self._example = self._given[first]
         if not isinstance(self._example, np.ndarray) and _namespace(self._example) is None:
@@ -191,7 +191,9 @@ class Arrays:
                 "Pass NumPy arrays: numpy.from_dlpack(...) of it.",
             )
         self._arrays = {
-            name: value if isinstance(value, np.ndarray) else _import(name, value)
+            name: check_array(name, value)
+            if isinstance(value, np.ndarray)
+            else _import(name, value)
             for name, value in self._given.items()
         }
 
@@ -203,10 +205,14 @@ class Arrays:
     def optional(self, name: str) -> Array | None:
         return self._arrays.get(name)
 
+    def items(self) -> Iterable[tuple[str, Array]]:
+        """The arrays that were given, with their names."""
+        return self._arrays.items()
+
     def give_back(self, name: str, array: Array) -> Any:
         """A result: the caller's own object if it passed one as `name`, else in its array type."""
         if name in self._given:
             return self._given[name]
         if isinstance(self._example, np.ndarray):
             return array
-        return _export(array, self._example)
+        return in_type_of(array, self._example)

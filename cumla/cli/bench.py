@@ -30,7 +30,8 @@ def command() -> None:
     """Time one op on random data: min, median and max over some calls, and the rates they make.
 
     GFLOP/s counts 2 (d_qk + d_v) for every head, query and token, in decoding whether masked or
-    not. GB/s counts each byte that is used or written once, lse aside. Both are of the median.
+    not, and 2 (3 d_qk + 2 d_v) for gradients. GB/s counts each byte that is used or written once,
+    lse aside; MB/s of pack-kv and unpack-kv the decoded rows, on one thread. All of the median.
     Results are not looked at: that is what `cumla smoke` does.
 
     Example:  cumla bench sparse-decode --batch 4 --topk 1024
@@ -43,9 +44,20 @@ def _count(name: str, default: int, text: str, low: int = 1) -> click.Option:
     )
 
 
-def _choice(name: str, values: list[str], default: str | None, text: str) -> click.Option:
+def _choice(
+    name: str,
+    values: list[str],
+    default: str | None,
+    text: str,
+    convert: Callable[[str], Any] | None = None,
+) -> click.Option:
     return click.Option(
-        [name], type=click.Choice(values), default=default, show_default=True, help=text
+        [name],
+        type=click.Choice(values),
+        default=default,
+        show_default=True,
+        help=text,
+        callback=(lambda context, option, value: convert(value)) if convert else None,
     )
 
 
@@ -82,7 +94,7 @@ def _layout(default: KVLayout, names: list[str]) -> click.Option:
 
 
 def _scale_rule() -> click.Option:
-    text = "How FP8 tiles get their scales.  [default: the layout's usual one]"
+    text = "How FP8 tiles get their scales.  [default: the layout's]"
     return _choice("--scale-rule", list(SCALE_RULES), None, text)
 
 
@@ -136,7 +148,7 @@ def _report(result: dict[str, Any]) -> str:
         ("op", result["op"]),
         ("with", ", ".join(one for one in values if not one.endswith("None"))),
         ("on", f"{result['backend']} backend, {result['threads']} thread{plural}"),
-        ("ms", f"{times}  ({len(result['times_ms'])} calls)"),
+        ("ms", f"{times}  (of {len(result['times_ms'])})"),
     ]
     if result["gflop_per_s"] is None:
         lines.append(("MB/s", f"{result['gb_per_s'] * 1e3:.0f} of decoded rows per core"))
@@ -210,6 +222,7 @@ _OPS: dict[str, tuple[Callable[..., Work], list[click.Option]]] = {
                 [str(V32_FP8.d_qk), str(V4_FP8.d_qk)],
                 str(V32_FP8.d_qk),
                 "Width of q and of a KV row.",
+                int,
             ),
             _dtype(),
         ],
@@ -239,8 +252,11 @@ def _subcommand(
             times = _time(work.call, repeats)
         except (ArgumentError, ArgumentTypeError) as error:
             raise _usage_error(error, values) from error
+        except MemoryError as error:
+            raise click.ClickException(f"{error} Pass a smaller --batch or --seq-len.") from error
         except BackendUnavailable as error:
             raise click.ClickException(str(error)) from error
+        values = {option.name: values[option.name] for option in options if option.name}
         result = _result(name, values | {"repeats": repeats, "seed": seed}, work, times)
         click.echo(json.dumps(result) if as_json else _report(result))
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
-import sys
 import textwrap
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 from threadpoolctl import threadpool_info
 
 import cumla
-from cumla.backends import availability
+from cumla.backends import availability, get_backend
 from cumla.backends.numpy.parallel import num_threads
 from cumla.checks import ArgumentError
 
@@ -61,8 +60,9 @@ def _gather() -> dict[str, Any]:
         "gpu": _gpus(),
         "nvrtc": _nvrtc(),
         "kernel_sources": _kernel_sources(),
-        "kernel_cache": {"path": str(_cache_folder()), "used": False},
-        "threads": _threads(),
+        "kernel_cache": None,  # nothing is compiled yet
+        "threads": _setting(num_threads),
+        "default_backend": _setting(get_backend),
         "backends": _backends(),
     }
 
@@ -81,9 +81,10 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         *([] if gpu["found"] else [("GPU", f"none found: {gpu['reason']}")]),
         ("NVRTC", nvrtc["version"] or f"not usable: {nvrtc['reason']}"),
         *([("", nvrtc["path"])] if nvrtc["path"] else []),
-        ("kernel sources", facts["kernel_sources"] or "not found"),
-        ("kernel cache", f"{facts['kernel_cache']['path']} (not used yet)"),
+        ("kernel sources", facts["kernel_sources"] or "none yet"),
+        ("kernel cache", "none yet: nothing is compiled"),
         ("threads", str(facts["threads"])),
+        ("NumPy arrays", f"run on backend {facts['default_backend']}"),
     ]
     for name, reason in facts["backends"].items():
         lines.append((f"backend {name}", "usable" if reason is None else f"not usable: {reason}"))
@@ -165,24 +166,16 @@ def _kernel_sources() -> str | None:
     """The folder of CUDA C: inside the wheel, or beside the package in a checkout."""
     package = Path(cumla.__file__).parent
     for folder in (package / "kernels_cu", package.parent / "kernels_cu"):
-        if folder.is_dir():
+        if any(folder.rglob("*.cu*")):
             return str(folder)
     return None
 
 
-def _cache_folder() -> Path:
-    """Where compiled kernels will be kept: the platform's cache folder for one user."""
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "cumla"
-
-
-def _threads() -> int | str:
+def _setting(read: Callable[[], int | str]) -> int | str:
+    """What `read` returns, or why the environment variable behind it is wrong."""
     try:
-        return num_threads()
-    except ArgumentError as error:  # a bad CUMLA_NUM_THREADS
+        return read()
+    except ArgumentError as error:
         return str(error)
 
 

@@ -99,18 +99,17 @@ def sparse_decode(
 
 
 def sparse_prefill(
-    rng: Generator, s_q: int, h_q: int, seq_len: int, topk: int, d_qk: str, dtype: str
+    rng: Generator, s_q: int, h_q: int, seq_len: int, topk: int, d_qk: int, dtype: str
 ) -> Work:
     """cumla.sparse_prefill: random tokens of a flat KV array."""
-    width = int(d_qk)
-    q = _normal(rng, (s_q, h_q, width), DTYPE_NAMED[dtype])
-    kv = _normal(rng, (seq_len, 1, width), DTYPE_NAMED[dtype])
+    q = _normal(rng, (s_q, h_q, d_qk), DTYPE_NAMED[dtype])
+    kv = _normal(rng, (seq_len, 1, d_qk), DTYPE_NAMED[dtype])
     indices = rng.integers(0, seq_len, (s_q, 1, topk)).astype(np.int32)
-    q_and_out = s_q * h_q * (width + _D_V) * 2
+    q_and_out = s_q * h_q * (d_qk + _D_V) * 2
     return Work(
-        lambda: cumla.sparse_prefill(q, kv, indices, width**-0.5),
-        bytes=q_and_out + len(np.unique(indices)) * width * 2,
-        flop=2 * s_q * h_q * (width + _D_V) * topk,
+        lambda: cumla.sparse_prefill(q, kv, indices, d_qk**-0.5),
+        bytes=q_and_out + len(np.unique(indices)) * d_qk * 2,
+        flop=2 * s_q * h_q * (d_qk + _D_V) * topk,
     )
 
 

@@ -270,7 +270,7 @@ def _check_longest(argument: str, value: Any, bounds: Array) -> None:
         raise bad_type(
             argument, repr(value), "it must be an integer", "Pass the longest sequence's length."
         ) from None
-    longest = int(np.diff(bounds).max(initial=0))
+    longest = int(np.diff(bounds.astype(np.int64)).max(initial=0))
     if promised < longest:
         raise bad_value(
             argument,

@@ -7,66 +7,71 @@ more than `CHUNK_TOKENS` a thread is decoded at a time.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import groupby
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from cumla import layouts
 from cumla.backends.numpy.parallel import run_ordered
-from cumla.backends.numpy.softmax import CHUNK_TOKENS, SoftmaxState, scaled_queries
+from cumla.backends.numpy.softmax import CHUNK_TOKENS, TILE_ROWS, SoftmaxState, scaled_queries
 from cumla.backends.problems import DenseDecode, SparseDecode, TokenPool
 from cumla.layouts import KVLayout
 from cumla.schedule import DecodePlan, Piece
 from cumla.scratch import scratch
 
 Array = NDArray[Any]
+Part = TypeVar("Part")
 
 
 def dense_decode(problem: DenseDecode, dtype: DTypeLike) -> None:
     """out[s, h] = sum_j softmax_j(scale * q[s, h] . K_j) K_j[:d_v] over the tokens j of a request.
 
     Query s of s_q sees tokens j < cache_seqlens - (s_q - 1 - s) if causal, else all. Query head h
-    belongs to KV head h // (h_q / h_kv); its rows (s, h) of one request are one matrix.
+    belongs to KV head h // (h_q / h_kv); some queries with all heads of one KV head are one matrix.
     """
     _, s_q, h_q, d_qk = problem.q.shape
-    h_kv = problem.kv_cache.shape[2]
+    _, page_size, h_kv, _ = problem.kv_cache.shape
     group = h_q // h_kv
     d_v = problem.layout.d_v
     steps_back = (s_q - 1 - np.arange(s_q)) if problem.causal else np.zeros(s_q, np.int64)
 
-    def attend(item: tuple[Piece, int]) -> SoftmaxState:
-        piece, head = item
-        heads = slice(head * group, (head + 1) * group)
-        q_scaled = scaled_queries(problem.q[piece.request, :, heads], problem.softmax_scale, dtype)
+    def attend(piece: Piece, part: tuple[slice, slice, int]) -> SoftmaxState:
+        queries, heads, kv_head = part
+        q = problem.q[piece.request, queries, heads]
+        q_scaled = scaled_queries(q, problem.softmax_scale, dtype)
         length = int(problem.cache_seqlens[piece.request])
-        limit = np.repeat(length - steps_back, group)
-        state = SoftmaxState(s_q * group, d_v, dtype)
+        limit = np.repeat(length - steps_back[queries], group)
+        state = SoftmaxState(len(limit), d_v, dtype)
         first = piece.begin_block * problem.plan.block_size
-        last = min(piece.end_block * problem.plan.block_size, length)
-        buffer = scratch("keys", (min(CHUNK_TOKENS, max(last - first, 0)), d_qk), dtype)
-        with np.errstate(all="ignore"):
-            for begin in range(first, last, CHUNK_TOKENS):
-                token = np.arange(begin, min(begin + CHUNK_TOKENS, last))
-                k = buffer[: len(token)]
-                page, offset = np.divmod(token, problem.kv_cache.shape[1])
-                page = problem.block_table[piece.request, page]
-                np.copyto(k, problem.kv_cache[page, offset, head])
-                masked = token[-1] >= limit[0]
-                visible = token[:, None] < limit if masked else None
-                state.add_keys(q_scaled, k, k[:, :d_v], visible)
+        last = min(piece.end_block * problem.plan.block_size, int(limit[-1]))
+        for begin in range(first, last, CHUNK_TOKENS):
+            token = np.arange(begin, min(begin + CHUNK_TOKENS, last))
+            k = scratch("keys", (len(token), d_qk), dtype)
+            page, offset = np.divmod(token, page_size)
+            page = problem.block_table[piece.request, page]
+            np.copyto(k, problem.kv_cache[page, offset, kv_head])
+            visible = token[:, None] < limit if token[-1] >= limit[0] else None
+            state.add_keys(q_scaled, k, k[:, :d_v], visible)
         return state
 
-    def store(item: tuple[Piece, int], state: SoftmaxState) -> None:
-        piece, head = item
-        heads = slice(head * group, (head + 1) * group)
+    def store(request: int, part: tuple[slice, slice, int], state: SoftmaxState) -> None:
+        queries, heads, _ = part
         out, lse = state.result()
-        problem.out[piece.request, :, heads] = out.reshape(s_q, group, d_v)
-        problem.lse[piece.request, heads] = lse.reshape(s_q, group).T
+        out_part = problem.out[request, queries, heads]
+        out_part[...] = out.reshape(out_part.shape)
+        problem.lse[request, heads, queries] = lse.reshape(-1, group).T
 
-    items = [(piece, head) for piece in problem.plan.pieces() for head in range(h_kv)]
-    _run_pieces(problem.plan, items, attend, store)
+    step = max(TILE_ROWS // group, 1)
+    parts = [
+        (slice(first, first + step), slice(head * group, (head + 1) * group), head)
+        for head in range(h_kv)
+        for first in range(0, s_q, step)
+    ]
+    _run_pieces(problem.plan, parts, attend, store)
 
 
 @dataclass(frozen=True)
@@ -88,37 +93,32 @@ def sparse_decode(problem: SparseDecode, dtype: DTypeLike) -> None:
     _, s_q, h_q, d_qk = problem.q.shape
     d_v = problem.main.layout.d_v
 
-    def attend(item: tuple[Piece, int]) -> SoftmaxState:
-        piece, s = item
+    def attend(piece: Piece, s: int) -> SoftmaxState:
         q_scaled = scaled_queries(problem.q[piece.request, s], problem.softmax_scale, dtype)
         state = SoftmaxState(h_q, d_v, dtype)
-        chosen = _selections(problem, piece, s)
-        buffer = scratch("keys", (CHUNK_TOKENS, d_qk), np.float32)
+        rows = scratch("rows", (CHUNK_TOKENS, d_qk), np.float32)
         filled = 0
-        with np.errstate(all="ignore"):
-            for selection in chosen:
-                begin = 0
-                while begin < len(selection.slots):
-                    part = selection.slots[begin : begin + CHUNK_TOKENS - filled]
-                    rows = buffer[filled : filled + len(part)]
-                    layouts.decode_rows(selection.pages, selection.layout, part, rows)
-                    begin += len(part)
-                    filled += len(part)
-                    if filled == CHUNK_TOKENS:
-                        _add(state, q_scaled, buffer, d_v)
-                        filled = 0
-            if filled:
-                _add(state, q_scaled, buffer[:filled], d_v)
+        for selection in _selections(problem, piece, s):
+            begin = 0
+            while begin < len(selection.slots):
+                part = selection.slots[begin : begin + CHUNK_TOKENS - filled]
+                target = rows[filled : filled + len(part)]
+                layouts.decode_rows(selection.pages, selection.layout, part, target)
+                begin += len(part)
+                filled += len(part)
+                if filled == CHUNK_TOKENS:
+                    _add(state, q_scaled, rows, d_v)
+                    filled = 0
+        if filled:
+            _add(state, q_scaled, rows[:filled], d_v)
         return state
 
-    def store(item: tuple[Piece, int], state: SoftmaxState) -> None:
-        piece, s = item
+    def store(request: int, s: int, state: SoftmaxState) -> None:
         out, lse = state.result(problem.attn_sink)
-        problem.out[piece.request, s] = out
-        problem.lse[piece.request, :, s] = lse
+        problem.out[request, s] = out
+        problem.lse[request, :, s] = lse
 
-    items = [(piece, s) for piece in problem.plan.pieces() for s in range(s_q)]
-    _run_pieces(problem.plan, items, attend, store)
+    _run_pieces(problem.plan, range(s_q), attend, store)
 
 
 def _add(state: SoftmaxState, q_scaled: Array, rows: Array, d_v: int) -> None:
@@ -161,20 +161,31 @@ def _longest(pool: TokenPool, request: int) -> int:
     return int(np.max(pool.topk_length[request]))
 
 
-def _run_pieces(plan: DecodePlan, items: Any, attend: Any, store: Any) -> None:
-    """Attend to every (piece, part of its rows), join a request's pieces, store when complete."""
-    pieces_of = np.diff(plan.num_splits)
-    open_states: dict[tuple[int, int], SoftmaxState] = {}
+def _run_pieces(
+    plan: DecodePlan,
+    parts: Sequence[Part],
+    attend: Callable[[Piece, Part], SoftmaxState],
+    store: Callable[[int, Part, SoftmaxState], None],
+) -> None:
+    """Attend to every piece for every part of its request's rows; join the pieces, and store."""
+    requests = [list(pieces) for _, pieces in groupby(plan.pieces(), lambda one: one.request)]
+    items = [
+        (piece, part, piece is pieces[-1])
+        for pieces in requests
+        for part in parts
+        for piece in pieces
+    ]
+    # Results come in this order, so that no more than one request's part is open at a time.
+    joined: SoftmaxState
 
-    def consume(item: tuple[Piece, int], state: SoftmaxState) -> None:
-        piece, part = item
-        key = (piece.request, part)
-        with np.errstate(all="ignore"):
-            if piece.fragment > 0:
-                open_states[key].join(state)
-            else:
-                open_states[key] = state
-            if piece.fragment == pieces_of[piece.request] - 1:
-                store(item, open_states.pop(key))
+    def consume(item: tuple[Piece, Part, bool], state: SoftmaxState) -> None:
+        nonlocal joined
+        piece, part, is_last = item
+        if piece.fragment == 0:
+            joined = state
+        else:
+            joined.join(state)
+        if is_last:
+            store(piece.request, part, joined)
 
-    run_ordered(attend, items, consume)
+    run_ordered(lambda item: attend(item[0], item[1]), items, consume)

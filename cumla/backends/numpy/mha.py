@@ -25,13 +25,16 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from cumla.backends.numpy.parallel import run_ordered
-from cumla.backends.numpy.softmax import CHUNK_TOKENS, SoftmaxState, scaled_queries, weighted_sum
+from cumla.backends.numpy.softmax import (
+    CHUNK_TOKENS,
+    TILE_ROWS,
+    SoftmaxState,
+    scaled_queries,
+    weighted_sum,
+)
 from cumla.backends.problems import MhaVarlen, MhaVarlenBackward
 
 Array = NDArray[Any]
-
-# Query rows (tokens x heads of a KV head) that meet a chunk of keys at a time.
-_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class _Tile:
 def _tiles(problem: MhaVarlen) -> list[list[_Tile]]:
     """All the work, by (sequence, KV head)."""
     group = problem.q.shape[1] // problem.k.shape[1]
-    step = max(_ROWS // group, 1)
+    step = max(TILE_ROWS // group, 1)
     groups = []
     for sequence in range(len(problem.cu_seqlens_q) - 1):
         q_begin, q_end = (int(one) for one in problem.cu_seqlens_q[sequence : sequence + 2])
@@ -98,19 +101,17 @@ def mha_varlen(problem: MhaVarlen, dtype: DTypeLike) -> None:
         q = problem.q[tile.queries, tile.heads]
         q_scaled = scaled_queries(q, problem.softmax_scale, dtype)
         state = SoftmaxState(len(tile.limit), d_v, dtype)
-        with np.errstate(all="ignore"):
-            for keys, visible in _chunks(tile):
-                k = problem.k[keys, tile.head].astype(dtype)
-                v = problem.v[keys, tile.head].astype(dtype)
-                state.add_keys(q_scaled, k, v, visible)
-            return state.result()
+        for keys, visible in _chunks(tile):
+            k = problem.k[keys, tile.head].astype(dtype)
+            v = problem.v[keys, tile.head].astype(dtype)
+            state.add_keys(q_scaled, k, v, visible)
+        return state.result()
 
     def store(tile: _Tile, result: tuple[Array, Array]) -> None:
         out, lse = result
-        with np.errstate(all="ignore"):
-            target = problem.out[tile.queries, tile.heads]
-            target[...] = out.reshape(target.shape)
-            problem.lse[tile.queries, tile.heads] = lse.reshape(target.shape[:2])
+        target = problem.out[tile.queries, tile.heads]
+        target[...] = out.reshape(target.shape)
+        problem.lse[tile.queries, tile.heads] = lse.reshape(target.shape[:2])
 
     run_ordered(attend, [tile for tiles in _tiles(problem) for tile in tiles], store)
 
@@ -127,41 +128,39 @@ def mha_varlen_backward(problem: MhaVarlenBackward, dtype: DTypeLike) -> None:
         v = forward.v[keys, tiles[0].head].astype(dtype)
         dk, dv = np.zeros_like(k), np.zeros_like(v)
         dqs = []
-        with np.errstate(all="ignore"):
-            for tile in tiles:
-                q = forward.q[tile.queries, tile.heads].reshape(-1, d_qk).astype(dtype)
-                dout = problem.dout[tile.queries, tile.heads].reshape(-1, d_v).astype(dtype)
-                out = forward.out[tile.queries, tile.heads].reshape(-1, d_v).astype(dtype)
-                lse = forward.lse[tile.queries, tile.heads].reshape(-1).astype(dtype)
-                lse = np.where(np.isneginf(lse), np.inf, lse)  # both mean: no key, so p = 0
-                delta = (dout * out).sum(axis=1)
-                dq = np.zeros_like(q)
-                for chunk, visible in _chunks(tile):
-                    part = slice(chunk.start - keys.start, chunk.stop - keys.start)
-                    logits = (q @ k[part].T) * scale
-                    p = np.exp(logits - lse[:, None])
-                    dz = dout @ v[part].T
-                    dz -= delta[:, None]
-                    dz *= p
-                    dz *= scale
-                    if visible is not None:
-                        # Selected, not multiplied: what a row may not see may be NaN.
-                        p[~visible.T] = 0
-                        dz[~visible.T] = 0
-                    seen_by = None if visible is None else visible.T
-                    dv[part] += weighted_sum(p, dout, seen_by)
-                    dq += weighted_sum(dz.T, k[part], visible)
-                    dk[part] += weighted_sum(dz, q, seen_by)
-                dqs.append(dq)
+        for tile in tiles:
+            q = forward.q[tile.queries, tile.heads].reshape(-1, d_qk).astype(dtype)
+            dout = problem.dout[tile.queries, tile.heads].reshape(-1, d_v).astype(dtype)
+            out = forward.out[tile.queries, tile.heads].reshape(-1, d_v).astype(dtype)
+            lse = forward.lse[tile.queries, tile.heads].reshape(-1).astype(dtype)
+            lse = np.where(np.isneginf(lse), np.inf, lse)  # both mean: no key, so p = 0
+            delta = (dout * out).sum(axis=1)
+            dq = np.zeros_like(q)
+            for chunk, visible in _chunks(tile):
+                part = slice(chunk.start - keys.start, chunk.stop - keys.start)
+                logits = (q @ k[part].T) * scale
+                p = np.exp(logits - lse[:, None])
+                dz = dout @ v[part].T
+                dz -= delta[:, None]
+                dz *= p
+                dz *= scale
+                if visible is not None:
+                    # Selected, not multiplied: what a row may not see may be NaN.
+                    p[~visible.T] = 0
+                    dz[~visible.T] = 0
+                seen_by = None if visible is None else visible.T
+                dv[part] += weighted_sum(p, dout, seen_by)
+                dq += weighted_sum(dz.T, k[part], visible)
+                dk[part] += weighted_sum(dz, q, seen_by)
+            dqs.append(dq)
         return dk, dv, dqs
 
     def store(tiles: list[_Tile], result: tuple[Array, Array, list[Array]]) -> None:
         dk, dv, dqs = result
-        with np.errstate(all="ignore"):
-            problem.dk[tiles[0].keys, tiles[0].head] = dk
-            problem.dv[tiles[0].keys, tiles[0].head] = dv
-            for tile, dq in zip(tiles, dqs, strict=True):
-                target = problem.dq[tile.queries, tile.heads]
-                target[...] = dq.reshape(target.shape)
+        problem.dk[tiles[0].keys, tiles[0].head] = dk
+        problem.dv[tiles[0].keys, tiles[0].head] = dv
+        for tile, dq in zip(tiles, dqs, strict=True):
+            target = problem.dq[tile.queries, tile.heads]
+            target[...] = dq.reshape(target.shape)
 
     run_ordered(differentiate, _tiles(forward), store)

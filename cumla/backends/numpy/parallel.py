@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from typing import Any, TypeVar
 
+import numpy as np
 from threadpoolctl import ThreadpoolController
 
 from cumla.checks import bad_value
@@ -51,8 +52,9 @@ def _executor(threads: int) -> ThreadPoolExecutor:
 class _SingleThreadedBlas:
     """A context, for any number of callers at once, in which every BLAS runs on one thread.
 
-    OpenBLAS takes new limits from the first thread that ever set one, and quietly from no other
-    while that one lives. So all limits are set by one thread that lives as long as we do.
+    threadpoolctl lets the first thread that limits an OpenBLAS set more limits, and quietly no
+    other while that one lives. So we take that right for every change, whoever has it, and give it
+    up at once: the caller may be any thread, and others in the process set limits too.
     """
 
     def __init__(self) -> None:
@@ -66,32 +68,42 @@ class _SingleThreadedBlas:
     def _start(self) -> None:
         self._lock = threading.Lock()
         self._users = 0
-        self._setter = ThreadPoolExecutor(1, thread_name_prefix="cumla-blas")
 
     def _start_in_child(self) -> None:
         """A forked child has none of its parent's threads, and none of the calls they are in."""
-        was_limited = self._users > 0
         self._start()
-        if was_limited:
-            self._setter.submit(self._limit.restore_original_limits).result()
+        if self._limit is not None:
+            self._restore()
 
     def __enter__(self) -> None:
         with self._lock:
-            if self._users == 0:
-                self._limit = self._setter.submit(self._libraries.limit, limits=1).result()
+            if self._limit is None:
+                self._release_control()
+                self._limit = self._libraries.limit(limits=1)
+                self._release_control()
             self._users += 1
 
     def __exit__(self, *error: object) -> None:
         with self._lock:
             self._users -= 1
             if self._users == 0:
-                self._setter.submit(self._limit.restore_original_limits).result()
+                self._restore()
+
+    def _restore(self) -> None:
+        self._release_control()
+        self._limit.restore_original_limits()
+        self._release_control()
+        self._limit = None
+
+    def _release_control(self) -> None:
+        for library in self._libraries.lib_controllers:
+            # Older versions know no such right, and other libraries than OpenBLAS neither.
+            release = getattr(library, "clear_controlling_thread", None)
+            if release is not None:
+                release(force=True)
 
 
-@cache
-def _single_threaded_blas() -> _SingleThreadedBlas:
-    return _SingleThreadedBlas()
-
+_blas = _SingleThreadedBlas()
 
 if hasattr(os, "register_at_fork"):
     # A forked child has none of its parent's threads, so it must not inherit their pool.
@@ -109,10 +121,16 @@ def run_ordered(
     on the number of threads. At most two results a thread wait for it: memory stays bounded.
     """
     threads = min(num_threads(), len(items))
-    with _single_threaded_blas():
+
+    def work(item: Item) -> Result:
+        # Of the thread that it runs in. What is inf or NaN shows in the results.
+        with np.errstate(all="ignore"):
+            return function(item)
+
+    with _blas, np.errstate(all="ignore"):
         if threads <= 1:
             for item in items:
-                consume(item, function(item))
+                consume(item, work(item))
             return
         executor = _executor(num_threads())
         waiting: deque[tuple[Item, Future[Result]]] = deque()
@@ -121,7 +139,7 @@ def run_ordered(
                 if len(waiting) == 2 * threads:
                     done, future = waiting.popleft()
                     consume(done, future.result())
-                waiting.append((item, executor.submit(function, item)))
+                waiting.append((item, executor.submit(work, item)))
             while waiting:
                 done, future = waiting.popleft()
                 consume(done, future.result())

@@ -40,16 +40,14 @@ def sparse_prefill(problem: SparsePrefill, dtype: DTypeLike) -> None:
         return state
 
     def attend_all(queries: range) -> list[SoftmaxState]:
-        with np.errstate(all="ignore"):
-            return [attend(query) for query in queries]
+        return [attend(query) for query in queries]
 
     def store(queries: range, states: list[SoftmaxState]) -> None:
-        with np.errstate(all="ignore"):
-            for query, state in zip(queries, states, strict=True):
-                out, lse = state.result(problem.attn_sink)
-                problem.out[query] = out
-                problem.lse[query] = lse
-                problem.max_logits[query] = state.peak
+        for query, state in zip(queries, states, strict=True):
+            out, lse = state.result(problem.attn_sink)
+            problem.out[query] = out
+            problem.lse[query] = lse
+            problem.max_logits[query] = state.peak
 
     starts = range(0, num_queries, _QUERIES_PER_ITEM)
     items = [range(one, min(one + _QUERIES_PER_ITEM, num_queries)) for one in starts]

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from cumla.backends.numpy.parallel import run_ordered
 from cumla.backends.problems import MergeAttention
 from cumla.scratch import scratch
 
@@ -30,6 +31,10 @@ Array = NDArray[Any]
 # 512 rows of 576 float32 are 1.2 MB: BLAS is at its best from about here on, and two threads' worth
 # still fits a usual L2 + L3.
 CHUNK_TOKENS = 512
+# Rows merged at a time, for the same reason.
+_MERGED_ROWS = 256
+# Query rows that meet a chunk of keys at a time: the logits of both are 512 KB of float32.
+TILE_ROWS = 256
 
 
 def scaled_queries(q: Array, softmax_scale: float, dtype: DTypeLike) -> Array:
@@ -98,6 +103,7 @@ def weighted_sum(weights: Array, values: Array, visible: Array | None) -> Array:
     """sum_j weights[j, row] * values[j] over the j that `visible` [n, rows] shows to the row.
 
     The weights of other j are 0 already; this keeps their values out even where those are NaN.
+    The result may be scratch memory of this thread: use it before the next call.
     """
     if visible is None:
         result = scratch("weighted_sum", (weights.shape[1], values.shape[1]), values.dtype)
@@ -117,20 +123,37 @@ def weighted_sum(weights: Array, values: Array, visible: Array | None) -> Array:
 def merge_attention(problem: MergeAttention, dtype: DTypeLike) -> None:
     """Join the results of disjoint key sets: their (out, lse) as states of peak lse and total 1.
 
-    out = sum_i exp(lse_i - lse) out_i with exp(lse) = sum_i exp(lse_i); an lse of +inf or -inf
-    marks a row without a key, whose out is not looked at.
+    out = sum_i exp(lse_i - lse) out_i with exp(lse) = sum_i exp(lse_i). An lse of -inf marks a row
+    without a key, and so does +inf unless out is NaN: that is what a row whose sum is NaN has.
     """
     rows, d_v = problem.lse.size, problem.out.shape[-1]
-    merged = SoftmaxState(rows, d_v, dtype)
-    with np.errstate(all="ignore"):
-        for out, lse in zip(problem.outs, problem.lses, strict=True):
-            peak = lse.reshape(rows).astype(dtype)
-            empty = np.isinf(peak)
-            part = SoftmaxState(rows, d_v, dtype)
-            part.peak = np.where(empty, -np.inf, peak)
-            part.total = np.where(empty, 0, 1).astype(dtype)
-            part.weighted = np.where(empty[:, None], 0, out.reshape(rows, d_v).astype(dtype))
-            merged.join(part)
-        result, lse = merged.result()
-        problem.out[...] = result.reshape(problem.out.shape)
-        problem.lse[...] = lse.reshape(problem.lse.shape)
+    outs = [out.reshape(rows, d_v) for out in problem.outs]
+    lses = [lse.reshape(rows) for lse in problem.lses]
+    merged_out, merged_lse = np.empty((rows, d_v), problem.out.dtype), np.empty(rows, dtype)
+
+    def merge(part: slice) -> tuple[Array, Array]:
+        states = [
+            _state_of(out[part], lse[part], dtype) for out, lse in zip(outs, lses, strict=True)
+        ]
+        for state in states[1:]:
+            states[0].join(state)
+        return states[0].result()
+
+    def store(part: slice, result: tuple[Array, Array]) -> None:
+        merged_out[part], merged_lse[part] = result
+
+    run_ordered(merge, [slice(i, i + _MERGED_ROWS) for i in range(0, rows, _MERGED_ROWS)], store)
+    problem.out[...] = merged_out.reshape(problem.out.shape)
+    problem.lse[...] = merged_lse.reshape(problem.lse.shape)
+
+
+def _state_of(out: Array, lse: Array, dtype: DTypeLike) -> SoftmaxState:
+    """A state whose result is out [rows, d_v] and lse [rows]."""
+    rows, d_v = out.shape
+    state = SoftmaxState(rows, d_v, dtype)
+    spoilt = np.isposinf(lse) & np.isnan(out).any(axis=1)
+    empty = np.isinf(lse) & ~spoilt
+    state.peak = np.where(empty, -np.inf, lse).astype(dtype)
+    state.total = np.where(empty, 0, np.where(spoilt, np.nan, 1)).astype(dtype)
+    state.weighted = np.where(empty[:, None], 0, out).astype(dtype)
+    return state
