@@ -33,7 +33,8 @@ from cumla.checks import (
     check_last_stride,
     check_shape,
 )
-from cumla.fp8 import Bytes, Float32, ScaleRule
+from cumla.fp8 import Bytes, ScaleRule
+from cumla.scratch import scratch
 
 Array = NDArray[Any]
 
@@ -88,6 +89,11 @@ class KVLayout:
     def data_row_bytes(self) -> int:
         """Distance in bytes between the data of neighbouring tokens of a page."""
         return self.row_bytes - (self.scale_bytes if self.scales_at_page_end else 0)
+
+    @property
+    def rope_offset(self) -> int:
+        """Where the RoPE bytes of an FP8 data row begin."""
+        return self.d_nope + (0 if self.scales_at_page_end else self.scale_bytes)
 
     def page_stride(self, page_size: int, h_kv: int = 1) -> int:
         """Bytes from one page to the next in a pool that `empty_pages` makes."""
@@ -259,17 +265,12 @@ def _fields(pages: Array, layout: KVLayout) -> _PageFields:
     pitch = layout.data_row_bytes
     rope_bytes = layout.d_rope * _BF16.itemsize
     nope = field(0, pitch, layout.d_nope)
+    rope = field(layout.rope_offset, pitch, rope_bytes).view(_BF16)
     if layout.scales_at_page_end:
-        return _PageFields(
-            nope=nope,
-            rope=field(layout.d_nope, pitch, rope_bytes).view(_BF16),
-            scales=field(page_size * pitch, layout.scale_bytes, layout.scale_bytes),
-        )
-    return _PageFields(
-        nope=nope,
-        rope=field(layout.d_nope + layout.scale_bytes, pitch, rope_bytes).view(_BF16),
-        scales=field(layout.d_nope, pitch, layout.scale_bytes).view(np.dtype("<f4")),
-    )
+        group = layout.scale_bytes
+        return _PageFields(nope, rope, field(page_size * pitch, group, group))
+    scales = field(layout.d_nope, pitch, layout.scale_bytes).view(np.dtype("<f4"))
+    return _PageFields(nope, rope, scales)
 
 
 def as_rows(kv: Array, layout: KVLayout) -> Array:
@@ -306,22 +307,44 @@ def write_rows(
             fields.scales[at] = scales
 
 
-def decode_rows(pages: Array, layout: KVLayout, slots: NDArray[Any], out: Float32) -> None:
-    """Decode the tokens at `slots` [n] of checked `pages` into `out`, float32 [n, d_qk].
+def _gather(pages: Array, layout: KVLayout, page: Array, offset: Array, head: int) -> Bytes:
+    """The bytes of the data rows at (page, offset) [n]: uint8 [n, bytes], maybe scratch memory."""
+    num_pages, page_size = pages.shape[:2]
+    page_stride = pages.strides[0] if num_pages > 1 else 0
+    pitch = layout.data_row_bytes if layout.is_fp8 else pages.strides[1]
+    first = pages[0, 0, head].view(np.uint8)
+    if pitch == layout.data_row_bytes and page_stride % pitch == 0:
+        # All rows of the pool, and what may lie between pages, as one array: np.take copies its
+        # rows straight to their place, which fancy indexing cannot.
+        rows_a_page = page_stride // pitch
+        rows = as_strided(first, ((num_pages - 1) * rows_a_page + page_size, pitch), (pitch, 1))
+        target = scratch("layouts.gather", (len(page), pitch), np.uint8)
+        return np.take(rows, page * rows_a_page + offset, axis=0, out=target, mode="clip")
+    shape = (num_pages, page_size, layout.data_row_bytes)
+    return as_strided(first, shape, (page_stride, pitch, 1))[page, offset]
 
-    For h_kv 1. Every value is one of the layout's compute dtype. Slots must be in range.
+
+def decode_rows(
+    pages: Array, layout: KVLayout, slots: NDArray[Any], out: Array, head: int = 0
+) -> None:
+    """Decode the tokens at `slots` [n] of checked `pages` into `out` [n, d_qk].
+
+    `out` is float32, or float64 for BF16 and FP16. Every value is one of the layout's compute
+    dtype. Slots must be in range.
     """
     page, offset = np.divmod(slots, pages.shape[1])
+    rows = _gather(pages, layout, page, offset, head)
     if not layout.is_fp8:
-        np.copyto(out, pages[page, offset, 0])
+        np.copyto(out, rows.view(layout.dtype))
         return
-    fields = _fields(pages, layout)
-    scales = fields.scales[page, offset]
     if layout.scales_at_page_end:
-        scales = fp8.decode_ue8m0(scales[:, : layout.num_scales])
-    codes = fields.nope[page, offset].reshape(-1, layout.num_scales, layout.tile)
+        scales = _fields(pages, layout).scales[page, offset][:, : layout.num_scales]
+        scales = fp8.decode_ue8m0(scales)
+    else:
+        scales = rows[:, layout.d_nope : layout.rope_offset].view(np.dtype("<f4"))
+    codes = rows[:, : layout.d_nope].reshape(-1, layout.num_scales, layout.tile)
     fp8.decode_tiles(codes, scales, out[:, : layout.d_nope].reshape(codes.shape))
-    np.copyto(out[:, layout.d_nope :], fields.rope[page, offset])
+    np.copyto(out[:, layout.d_nope :], rows[:, layout.rope_offset :].view(_BF16))
 
 
 def read_rows(pages: Array, layout: KVLayout, slots: NDArray[Any]) -> Array:

@@ -2,7 +2,7 @@
 
 A piece is a run of 64-token blocks of one request. Pieces are computed in parallel and joined in
 their order, so the result depends on the plan but not on the number of threads. Of the cache, no
-more than `CHUNK_TOKENS` a thread is decoded at a time.
+more than `chunk_tokens` a thread is decoded at a time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from cumla import layouts
 from cumla.backends.numpy.parallel import run_ordered
-from cumla.backends.numpy.softmax import CHUNK_TOKENS, TILE_ROWS, SoftmaxState, scaled_queries
+from cumla.backends.numpy.softmax import TILE_ROWS, SoftmaxState, chunk_tokens, scaled_queries
 from cumla.backends.problems import DenseDecode, SparseDecode, TokenPool
 from cumla.layouts import KVLayout
 from cumla.schedule import DecodePlan, Piece
@@ -48,12 +48,13 @@ def dense_decode(problem: DenseDecode, dtype: DTypeLike) -> None:
         state = SoftmaxState(len(limit), d_v, dtype)
         first = piece.begin_block * problem.plan.block_size
         last = min(piece.end_block * problem.plan.block_size, int(limit[-1]))
-        for begin in range(first, last, CHUNK_TOKENS):
-            token = np.arange(begin, min(begin + CHUNK_TOKENS, last))
+        chunk = chunk_tokens(len(limit))
+        for begin in range(first, last, chunk):
+            token = np.arange(begin, min(begin + chunk, last))
             k = scratch("keys", (len(token), d_qk), dtype)
-            page, offset = np.divmod(token, page_size)
-            page = problem.block_table[piece.request, page]
-            np.copyto(k, problem.kv_cache[page, offset, kv_head])
+            block, offset = np.divmod(token, page_size)
+            slots = problem.block_table[piece.request, block].astype(np.int64) * page_size + offset
+            layouts.decode_rows(problem.kv_cache, problem.layout, slots, k, kv_head)
             visible = token[:, None] < limit if token[-1] >= limit[0] else None
             state.add_keys(q_scaled, k, k[:, :d_v], visible)
         return state
@@ -96,17 +97,18 @@ def sparse_decode(problem: SparseDecode, dtype: DTypeLike) -> None:
     def attend(piece: Piece, s: int) -> SoftmaxState:
         q_scaled = scaled_queries(problem.q[piece.request, s], problem.softmax_scale, dtype)
         state = SoftmaxState(h_q, d_v, dtype)
-        rows = scratch("rows", (CHUNK_TOKENS, d_qk), np.float32)
+        chunk = chunk_tokens(h_q)
+        rows = scratch("rows", (chunk, d_qk), np.float32)
         filled = 0
         for selection in _selections(problem, piece, s):
             begin = 0
             while begin < len(selection.slots):
-                part = selection.slots[begin : begin + CHUNK_TOKENS - filled]
+                part = selection.slots[begin : begin + chunk - filled]
                 target = rows[filled : filled + len(part)]
                 layouts.decode_rows(selection.pages, selection.layout, part, target)
                 begin += len(part)
                 filled += len(part)
-                if filled == CHUNK_TOKENS:
+                if filled == chunk:
                     _add(state, q_scaled, rows, d_v)
                     filled = 0
         if filled:

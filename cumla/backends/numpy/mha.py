@@ -26,9 +26,9 @@ from numpy.typing import DTypeLike, NDArray
 
 from cumla.backends.numpy.parallel import run_ordered
 from cumla.backends.numpy.softmax import (
-    CHUNK_TOKENS,
     TILE_ROWS,
     SoftmaxState,
+    chunk_tokens,
     scaled_queries,
     weighted_sum,
 )
@@ -86,8 +86,9 @@ def _tiles(problem: MhaVarlen) -> list[list[_Tile]]:
 def _chunks(tile: _Tile) -> Iterator[tuple[slice, Array | None]]:
     """The runs of keys that some row of the tile sees, and who sees which (None: all see all)."""
     length = int(tile.limit.max(initial=0))
-    for begin in range(0, length, CHUNK_TOKENS):
-        end = min(begin + CHUNK_TOKENS, length)
+    step = chunk_tokens(len(tile.limit))
+    for begin in range(0, length, step):
+        end = min(begin + step, length)
         token = np.arange(begin, end)
         visible = None if end <= tile.limit[0] else token[:, None] < tile.limit
         yield slice(tile.keys.start + begin, tile.keys.start + end), visible

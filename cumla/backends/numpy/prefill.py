@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from cumla.backends.numpy.parallel import run_ordered
-from cumla.backends.numpy.softmax import CHUNK_TOKENS, SoftmaxState, scaled_queries
+from cumla.backends.numpy.softmax import SoftmaxState, chunk_tokens, scaled_queries
 from cumla.backends.problems import SparsePrefill
 from cumla.scratch import scratch
 
@@ -31,9 +31,10 @@ def sparse_prefill(problem: SparsePrefill, dtype: DTypeLike) -> None:
         tokens = tokens[(tokens >= 0) & (tokens < s_kv)]
         q_scaled = scaled_queries(problem.q[query], problem.softmax_scale, dtype)
         state = SoftmaxState(h_q, problem.d_v, dtype)
-        buffer = scratch("keys", (min(CHUNK_TOKENS, len(tokens)), d_qk), dtype)
-        for begin in range(0, len(tokens), CHUNK_TOKENS):
-            chunk = tokens[begin : begin + CHUNK_TOKENS]
+        step = chunk_tokens(h_q)
+        buffer = scratch("keys", (min(step, len(tokens)), d_qk), dtype)
+        for begin in range(0, len(tokens), step):
+            chunk = tokens[begin : begin + step]
             k = buffer[: len(chunk)]
             np.copyto(k, problem.kv[chunk, 0])
             state.add_keys(q_scaled, k, k[:, : problem.d_v])

@@ -28,13 +28,20 @@ from cumla.scratch import scratch
 
 Array = NDArray[Any]
 
-# 512 rows of 576 float32 are 1.2 MB: BLAS is at its best from about here on, and two threads' worth
-# still fits a usual L2 + L3.
-CHUNK_TOKENS = 512
-# Rows merged at a time, for the same reason.
+# Rows merged at a time: 512 KB of float32 a part.
 _MERGED_ROWS = 256
 # Query rows that meet a chunk of keys at a time: the logits of both are 512 KB of float32.
 TILE_ROWS = 256
+
+
+def chunk_tokens(rows: int) -> int:
+    """How many keys to decode and multiply at a time for so many query rows.
+
+    1024 keys of 576 float32 are 2.4 MB. Fewer sit better in a core's L2 cache, which is what counts
+    when BLAS reads them for many rows; but every NumPy call takes Python's lock, and with few rows
+    threads would wait for that more than they compute.
+    """
+    return 1024 if rows <= 64 else 512
 
 
 def scaled_queries(q: Array, softmax_scale: float, dtype: DTypeLike) -> Array:
