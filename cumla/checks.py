@@ -108,6 +108,19 @@ def check_int(argument: str, value: Any, *, low: int, high: int | None = None) -
     return number
 
 
+def check_in_range(argument: str, lengths: NDArray[Any], high: int | None, fix: str) -> None:
+    """Raise unless all `lengths` are in [0, high] (None: any high); names the first that is not."""
+    outside = lengths < 0
+    rule = "it must be >= 0"
+    if high is not None:
+        outside |= lengths > high
+        rule = f"it must be in [0, {high}]"
+    if outside.any():
+        first = [int(one) for one in np.unravel_index(outside.argmax(), outside.shape)]
+        where = ", ".join(str(one) for one in first)
+        raise bad_value(argument, f"{lengths[tuple(first)]} at [{where}]", rule, fix)
+
+
 def check_scale(argument: str, value: Any, default: float) -> float:
     """Return the softmax scale (`default` for None); raise unless it is finite and > 0."""
     if value is None:

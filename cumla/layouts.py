@@ -240,37 +240,26 @@ def check_pages(
     return pages
 
 
-@dataclass(frozen=True)
-class _PageFields:
-    """Views into the pages of an FP8 pool, one per field of a row, each [pages, page_size, n]."""
+def _field(pages: Array, layout: KVLayout, offset: int, pitch: int, size: int) -> Bytes:
+    """Bytes [offset, offset + size) of a checked FP8 page, and so each `pitch` bytes on: a view.
 
-    nope: Bytes
-    rope: Array
-    scales: Array
-
-
-def _fields(pages: Array, layout: KVLayout) -> _PageFields:
-    """The fields of a checked FP8 pool, as views of its memory."""
+    [pages, page_size, size], with the field of one token in the last dimension.
+    """
     num_pages, page_size = pages.shape[:2]
-    page_stride = pages.strides[0]
+    # numpy cannot start a strided view at an offset beyond a row, so step over whole bytes of the
+    # first page: it is contiguous for page_size * row_bytes.
+    first_page = as_strided(pages, (page_size * layout.row_bytes,), (1,))
+    shape, strides = (num_pages, page_size, size), (pages.strides[0], pitch, 1)
+    return as_strided(first_page[offset:], shape, strides)
 
-    def field(offset: int, pitch: int, size: int) -> Array:
-        # numpy cannot start a strided view at an offset beyond a row, so step over whole bytes of
-        # the first page: it is contiguous for page_size * row_bytes.
-        first_page = as_strided(pages, (page_size * layout.row_bytes,), (1,))
-        return as_strided(
-            first_page[offset:], (num_pages, page_size, size), (page_stride, pitch, 1)
-        )
 
-    pitch = layout.data_row_bytes
-    rope_bytes = layout.d_rope * _BF16.itemsize
-    nope = field(0, pitch, layout.d_nope)
-    rope = field(layout.rope_offset, pitch, rope_bytes).view(_BF16)
+def _scale_field(pages: Array, layout: KVLayout) -> Array:
+    """The scales of a checked FP8 pool, a view: UE8M0 groups of bytes, or float32."""
+    size = layout.scale_bytes
     if layout.scales_at_page_end:
-        group = layout.scale_bytes
-        return _PageFields(nope, rope, field(page_size * pitch, group, group))
-    scales = field(layout.d_nope, pitch, layout.scale_bytes).view(np.dtype("<f4"))
-    return _PageFields(nope, rope, scales)
+        return _field(pages, layout, pages.shape[1] * layout.data_row_bytes, size, size)
+    field = _field(pages, layout, layout.d_nope, layout.data_row_bytes, size)
+    return field.view(np.dtype("<f4"))
 
 
 def as_rows(kv: Array, layout: KVLayout) -> Array:
@@ -291,20 +280,23 @@ def write_rows(
         pages[page, offset] = rows
         return
     assert rule is not None
-    fields = _fields(pages, layout)
+    pitch, rope_bytes = layout.data_row_bytes, layout.d_rope * _BF16.itemsize
+    nope_field = _field(pages, layout, 0, pitch, layout.d_nope)
+    rope_field = _field(pages, layout, layout.rope_offset, pitch, rope_bytes).view(_BF16)
+    scale_field = _scale_field(pages, layout)
     for first in range(0, len(slots), _CHUNK_ROWS):
         part = slice(first, first + _CHUNK_ROWS)
         at, chunk = (page[part], offset[part]), rows[part, 0]
         tiles = np.ascontiguousarray(chunk[:, : layout.d_nope])
         codes, scales = fp8.encode_tiles(tiles.reshape(-1, layout.num_scales, layout.tile), rule)
-        fields.nope[at] = codes.reshape(-1, layout.d_nope)
-        fields.rope[at] = chunk[:, layout.d_nope :]
+        nope_field[at] = codes.reshape(-1, layout.d_nope)
+        rope_field[at] = chunk[:, layout.d_nope :]
         if layout.scales_at_page_end:
             padded = np.zeros((len(scales), layout.scale_bytes), np.uint8)
             padded[:, : layout.num_scales] = fp8.encode_ue8m0(scales)
-            fields.scales[at] = padded
+            scale_field[at] = padded
         else:
-            fields.scales[at] = scales
+            scale_field[at] = scales
 
 
 def _gather(pages: Array, layout: KVLayout, page: Array, offset: Array, head: int) -> Bytes:
@@ -338,7 +330,7 @@ def decode_rows(
         np.copyto(out, rows.view(layout.dtype))
         return
     if layout.scales_at_page_end:
-        scales = _fields(pages, layout).scales[page, offset][:, : layout.num_scales]
+        scales = _scale_field(pages, layout)[page, offset][:, : layout.num_scales]
         scales = fp8.decode_ue8m0(scales)
     else:
         scales = rows[:, layout.d_nope : layout.rope_offset].view(np.dtype("<f4"))

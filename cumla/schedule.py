@@ -28,7 +28,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cumla.checks import bad_value, check_array, check_dtype, check_int, check_shape
+from cumla.checks import (
+    bad_value,
+    check_array,
+    check_dtype,
+    check_in_range,
+    check_int,
+    check_shape,
+)
 
 Array = NDArray[Any]
 Int32 = NDArray[np.int32]
@@ -185,7 +192,7 @@ def plan_decode(
         raise bad_value(
             "kv_lens", "no request", "a plan needs at least one", "Skip the call for empty batches."
         )
-    _check_in_range("kv_lens", kv_lens, None, "Pass the number of KV tokens of each request.")
+    check_in_range("kv_lens", kv_lens, None, "Pass the number of KV tokens of each request.")
     block_size = check_int("block_size", block_size, low=1, high=_INT32_MAX)
     overhead = check_int("overhead", overhead, low=0, high=_INT32_MAX)
     blocks = _ceil_div(kv_lens, block_size)
@@ -332,7 +339,7 @@ def _selected(
             f"it must be [b] or [b, s_q] with b = {batch} and s_q >= 1",
             "Pass one length for each request, or one for each of its queries.",
         )
-    _check_in_range(
+    check_in_range(
         argument, lengths, topk, f"{topk_argument} is how many indices there are to count from."
     )
     longest: Int64 = lengths.reshape(batch, -1).max(axis=1).astype(np.int64)
@@ -382,16 +389,3 @@ def _ceil_div(values: Array, divisor: int) -> Int64:
     # int64 first: adding the divisor to an int32 length may overflow.
     quotient: Int64 = -(-values.astype(np.int64) // divisor)
     return quotient
-
-
-def _check_in_range(argument: str, lengths: Array, high: int | None, fix: str) -> None:
-    """Raise unless all `lengths` are in [0, high] (None: any high); names the first that is not."""
-    outside = lengths < 0
-    rule = "it must be >= 0"
-    if high is not None:
-        outside |= lengths > high
-        rule = f"it must be in [0, {high}]"
-    if outside.any():
-        first = [int(one) for one in np.unravel_index(outside.argmax(), outside.shape)]
-        where = ", ".join(str(one) for one in first)
-        raise bad_value(argument, f"{lengths[tuple(first)]} at [{where}]", rule, fix)

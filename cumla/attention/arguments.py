@@ -13,6 +13,7 @@ from cumla.checks import (
     bad_type,
     bad_value,
     check_dtype,
+    check_in_range,
     check_last_stride,
     check_shape,
 )
@@ -74,15 +75,7 @@ def check_lengths(
             "it must be " + " or ".join(str(list(one)) for one in shapes),
             "Pass one length for each request or query.",
         )
-    wrong = (lengths < 0) | (lengths > high)
-    if wrong.any():
-        at = [int(one) for one in np.unravel_index(int(wrong.argmax()), wrong.shape)]
-        raise bad_value(
-            argument,
-            f"{lengths[tuple(at)]} at {at}",
-            f"it must be in [0, {high}]",
-            reason,
-        )
+    check_in_range(argument, lengths, high, reason)
 
 
 def check_sink(sink: Array | None, h_q: int) -> None:

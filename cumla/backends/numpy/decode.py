@@ -8,7 +8,6 @@ more than `chunk_tokens` a thread is decoded at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, TypeVar
 
@@ -19,7 +18,6 @@ from cumla import layouts
 from cumla.backends.numpy.parallel import run_ordered
 from cumla.backends.numpy.softmax import TILE_ROWS, SoftmaxState, chunk_tokens, scaled_queries
 from cumla.backends.problems import DenseDecode, SparseDecode, TokenPool
-from cumla.layouts import KVLayout
 from cumla.schedule import DecodePlan, Piece
 from cumla.scratch import scratch
 
@@ -75,15 +73,6 @@ def dense_decode(problem: DenseDecode, dtype: DTypeLike) -> None:
     _run_pieces(problem.plan, parts, attend, store)
 
 
-@dataclass(frozen=True)
-class _Selection:
-    """The valid tokens that one query selects from one pool within a piece."""
-
-    pages: Array
-    layout: KVLayout
-    slots: Array
-
-
 def sparse_decode(problem: SparseDecode, dtype: DTypeLike) -> None:
     """out[s, h] = sum_j softmax_j(scale * q[s, h] . K_j) K_j[:d_v] over the selected tokens j.
 
@@ -100,12 +89,12 @@ def sparse_decode(problem: SparseDecode, dtype: DTypeLike) -> None:
         chunk = chunk_tokens(h_q)
         rows = scratch("rows", (chunk, d_qk), np.float32)
         filled = 0
-        for selection in _selections(problem, piece, s):
+        for pool, slots in _selections(problem, piece, s):
             begin = 0
-            while begin < len(selection.slots):
-                part = selection.slots[begin : begin + chunk - filled]
+            while begin < len(slots):
+                part = slots[begin : begin + chunk - filled]
                 target = rows[filled : filled + len(part)]
-                layouts.decode_rows(selection.pages, selection.layout, part, target)
+                layouts.decode_rows(pool.pages, pool.layout, part, target)
                 begin += len(part)
                 filled += len(part)
                 if filled == chunk:
@@ -128,25 +117,24 @@ def _add(state: SoftmaxState, q_scaled: Array, rows: Array, d_v: int) -> None:
     state.add_keys(q_scaled, k, k[:, :d_v])
 
 
-def _selections(problem: SparseDecode, piece: Piece, s: int) -> list[_Selection]:
-    """What query s of the piece's request selects within the piece's blocks.
+def _selections(problem: SparseDecode, piece: Piece, s: int) -> list[tuple[TokenPool, Array]]:
+    """What query s of the piece's request selects within the piece's blocks: slots of each pool.
 
     The blocks count the main pool's indices first, rounded up to a block and at least one, then
     the extra pool's (see `schedule.sparse_kv_lengths`).
     """
     block = problem.plan.block_size
     begin, end = piece.begin_block * block, piece.end_block * block
-    selections = [_selection(problem.main, piece.request, s, begin, end)]
+    selections = [(problem.main, _slots(problem.main, piece.request, s, begin, end))]
     if problem.extra is not None:
         longest = _longest(problem.main, piece.request)
         extra_start = -(-max(longest, 1) // block) * block
-        selections.append(
-            _selection(problem.extra, piece.request, s, begin - extra_start, end - extra_start)
-        )
+        begin, end = begin - extra_start, end - extra_start
+        selections.append((problem.extra, _slots(problem.extra, piece.request, s, begin, end)))
     return selections
 
 
-def _selection(pool: TokenPool, request: int, s: int, begin: int, end: int) -> _Selection:
+def _slots(pool: TokenPool, request: int, s: int, begin: int, end: int) -> Array:
     """The valid indices among positions [begin, end) of one query's list."""
     length = pool.indices.shape[2]
     if pool.topk_length is not None:
@@ -154,7 +142,7 @@ def _selection(pool: TokenPool, request: int, s: int, begin: int, end: int) -> _
         length = int(lengths if lengths.ndim == 0 else lengths[s])
     slots = pool.indices[request, s, max(begin, 0) : max(min(end, length), 0)]
     num_tokens = pool.pages.shape[0] * pool.pages.shape[1]
-    return _Selection(pool.pages, pool.layout, slots[(slots >= 0) & (slots < num_tokens)])
+    return slots[(slots >= 0) & (slots < num_tokens)]
 
 
 def _longest(pool: TokenPool, request: int) -> int:
