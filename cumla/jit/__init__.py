@@ -1,0 +1,1 @@
+"""CUDA C source to code for a GPU."""

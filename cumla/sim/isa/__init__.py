@@ -1,0 +1,41 @@
+"""The instructions, in files by family; `load_families` fills the table with all of them."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+
+FAMILIES = (
+    "integer",
+    "carry",
+    "bits",
+    "logic",
+    "compare",
+    "move",
+    "float32",
+    "float64",
+    "half",
+    "approx",
+    "convert",
+    "memory",
+    "atomic",
+    "warp",
+    "matrix",
+    "mma",
+    "async_copy",
+    "mbarrier",
+    "barrier",
+    "fence",
+    "misc",
+    "system",
+)
+
+
+@cache
+def load_families() -> None:
+    """Import every family file, which registers its instructions."""
+    for family in FAMILIES:
+        try:
+            import_module(f"cumla.sim.isa.{family}")
+        except (ImportError, SyntaxError, NameError) as error:  # TEMPORARY
+            print("family", family, error)

@@ -1,0 +1,97 @@
+"""bar, barrier and bar.warp.sync. PTX ISA "Parallel Synchronization and Communication"."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cumla.sim.cohort import Cohort
+from cumla.sim.isa.convergence import converged, waits_for_lanes
+from cumla.sim.isa.table import Env, Op, Unsupported, instruction
+from cumla.sim.ptx.syntax import Instruction
+
+PERFORMANCE = {"cta", "aligned"}
+
+
+@instruction("bar", "barrier")
+def bar(ins: Instruction, env: Env) -> Op:
+    """bar{.cta}.sync a{, b}; .arrive a, b; .red.{popc.u32,and.pred,or.pred} d, a{, b}, c."""
+    words = [m for m in ins.modifiers if m not in PERFORMANCE]
+    if words == ["warp", "sync"]:
+        return _warp_sync(ins, env)
+    if words == ["sync"]:
+        return _sync(ins, env, len(ins.operands) == 2)
+    if words == ["arrive"] and len(ins.operands) == 2:
+        return _arrive(ins)
+    if words in (["red", "popc", "u32"], ["red", "and", "pred"], ["red", "or", "pred"]):
+        return _red(ins, env, words[2], len(ins.operands) == 4)
+    raise Unsupported(f"form {ins.name!r} with {len(ins.operands)} operands")
+
+
+def _sync(ins: Instruction, env: Env, counted: bool) -> Op:
+    def ready(c: Cohort, barrier: Any, count: Any = None) -> Any:
+        return c.wave.barriers.ready(ins, c, barrier, count, None)
+
+    def run(c: Cohort, barrier: Any, count: Any = None) -> None:
+        c.wave.barriers.pass_on(c, red=False)
+        if env.count:
+            c.wave.counters.wait(ins, c)
+
+    def waits_for(c: Cohort, barrier: Any, count: Any = None) -> str:
+        return c.wave.barriers.describe(c, barrier)
+
+    kinds = ("u32", "u32") if counted else ("u32",)
+    return Op(run, kinds, cohort=True, ready=ready, waits_for=waits_for)
+
+
+def _arrive(ins: Instruction) -> Op:
+    def run(c: Cohort, barrier: Any, count: Any) -> None:
+        everyone = np.ones(c.n, np.bool_)
+        c.wave.barriers.arrive(ins, c, barrier, count, None, everyone, waits=False)
+
+    from cumla.sim.isa.convergence import whole_warps
+
+    return Op(
+        run,
+        ("u32", "u32"),
+        cohort=True,
+        ready=lambda c, barrier, count: whole_warps(c),
+        waits_for=lambda c, barrier, count: waits_for_lanes(ins),
+        warp_gate=True,
+    )
+
+
+def _red(ins: Instruction, env: Env, kind: str, counted: bool) -> Op:
+    def split(arguments: tuple[Any, ...]) -> tuple[Any, Any, Any]:
+        return arguments[0], arguments[1] if counted else None, arguments[-1]
+
+    def ready(c: Cohort, *arguments: Any) -> Any:
+        return c.wave.barriers.ready(ins, c, *split(arguments))
+
+    def run(c: Cohort, *arguments: Any) -> Any:
+        answer = c.wave.barriers.pass_on(c, red=True)
+        if env.count:
+            c.wave.counters.wait(ins, c)
+        return answer if kind == "u32" else answer.astype(np.bool_)
+
+    def waits_for(c: Cohort, *arguments: Any) -> str:
+        return c.wave.barriers.describe(c, arguments[0])
+
+    kinds = ("u32", "u32", "pred") if counted else ("u32", "pred")
+    return Op(run, kinds, (kind,), cohort=True, ready=ready, waits_for=waits_for)
+
+
+def _warp_sync(ins: Instruction, env: Env) -> Op:
+    def run(c: Cohort, membermask: Any) -> None:
+        if env.check_race:
+            c.wave.race.warp_sync(c, membermask)
+
+    return Op(
+        run,
+        ("u32",),
+        cohort=True,
+        ready=converged,
+        waits_for=lambda c, membermask: waits_for_lanes(ins),
+        warp_gate=True,
+    )

@@ -1,0 +1,85 @@
+"""Asynchronous copies: writes that nobody, not even who started them, is ordered with yet."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cumla.sim.cohort import Array
+from cumla.sim.race.layout import COPY_AGENTS, SPECIAL, SPLIT, Layout
+from cumla.sim.race.report import Site
+from cumla.sim.race.shadow import Level
+
+
+class Copy:
+    """A copy on its way: `RaceDetector.copy_issued` makes it.
+
+    Attributes:
+        site: the instruction.
+        gids: [n] the lanes that started it.
+        agents: [n] the local thread that stands for the copy, once it completed a phase; or -1.
+        stamps: [n] when it did.
+    """
+
+    def __init__(self, site: Site, gids: Array, cells: Array, lane: Array, states: Array) -> None:
+        """cells: [m] the words; lane: [m] who writes each; states: [n] what that left there."""
+        self.site = site
+        self.gids = gids
+        self.agents = np.full(gids.shape[0], -1, np.int64)
+        self.stamps = np.zeros(gids.shape[0], np.int64)
+        self._cells = cells
+        self._lane = lane
+        self._states = states
+        self._pending = np.ones(gids.shape[0], np.bool_)
+
+    def land(self, level: Level, mask: Array, states: Array) -> Array:
+        """Leave these states where mask [n] is true and nobody wrote since; where it was true."""
+        landing = mask & self._pending
+        self._pending &= ~mask
+        at = np.flatnonzero(landing[self._lane])
+        lane = self._lane[at]
+        _settle(level, self._cells[at], self._states[lane], states[lane])
+        return landing
+
+
+def _settle(level: Level, cells: Array, before: Array, after: Array) -> None:
+    found = level.writes.take(cells)
+    same = found == before
+    level.writes[cells[same]] = after[same]
+    divided = np.flatnonzero(found >= SPLIT)
+    if divided.shape[0]:
+        halves = 2 * cells[divided]
+        for half in (halves, halves + 1):
+            _settle(level.below, half, before[divided], after[divided])
+
+
+class Agents:
+    """The threads that stand for the copies which complete phases of mbarriers.
+
+    Each key has its own in its block, so that to wait for one copy is not to wait for another.
+    There are COPY_AGENTS in a block, given out in turn: who waits for a key knows too much, namely
+    the copies of a key so many before it. That may hide a race; it cannot invent one.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self._lanes = layout.lanes
+        self._next: dict[int, int] = {}
+        self._of: dict[int, dict[int, int]] = {}
+
+    def of(self, block: int, key: int) -> int:
+        """The local number of the thread that stands for copies to a key."""
+        agents = self._of.setdefault(key, {})
+        agent = agents.get(block)
+        if agent is None:
+            turn = self._next.get(block, 0)
+            self._next[block] = turn + 1
+            agent = agents[block] = self._lanes + turn % COPY_AGENTS
+        return agent
+
+    def forget(self, key: int) -> None:
+        """The key will not be used again."""
+        self._of.pop(key, None)
+
+
+def pending(values: Array, layout: Layout) -> Array:
+    """The states of writes that have not landed."""
+    return values | (SPECIAL | layout.pending)

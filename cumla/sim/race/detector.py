@@ -1,0 +1,258 @@
+"""The race detector of a launch: what accesses and synchronisation tell it, and what it finds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cumla.sim.cohort import WARP, Array, Cohort
+from cumla.sim.ptx.syntax import Instruction
+from cumla.sim.race.access import Accesses, Step
+from cumla.sim.race.clocks import Clocks, Rows
+from cumla.sim.race.copies import Agents, Copy, pending
+from cumla.sim.race.lanes import Groups, Threads
+from cumla.sim.race.layout import SPECIAL, Layout
+from cumla.sim.race.order import MemoryOrder, Places
+from cumla.sim.race.report import History, Race, Reports, Site
+from cumla.sim.race.shadow import Shadow
+
+if TYPE_CHECKING:
+    from cumla.sim.wave import Wave
+
+_LOG_LIMIT = 1 << 23  # entries of a log: 16 bytes each
+
+
+class RaceDetector:
+    """Finds accesses to the same bytes, not both reads, that no synchronisation orders.
+
+    Ordered is what happens before, in the sense of the PTX ISA's causality order, between threads:
+    lanes of a warp are not ordered without __syncwarp. Of the accesses to a byte at least the
+    first that races is found, and none is reported that does not race, whatever the order in
+    which the simulator happened to run the lanes. Blocks of different waves are not ordered.
+
+    Not looked at: whether strong accesses that overlap in part do so wholly (PTX ISA "Morally
+    strong operations", 3), and proxies.
+    """
+
+    def __init__(self, wave: Wave) -> None:
+        blocks = wave.grid[0] * wave.grid[1] * wave.grid[2]
+        self._layout = Layout(blocks, wave.lanes_per_block)
+        self._history = History(self._layout, blocks)
+        self._reports = Reports(wave, self._layout, self._history)
+        self._places = Places()
+        self._global = Shadow("global", None, _LOG_LIMIT)
+        self.next_wave(wave)
+
+    def next_wave(self, wave: Wave) -> None:
+        """Other blocks of the same launch begin, in no order with those before."""
+        self._wave = wave
+        slots = len(wave.block_ids)
+        self._history.seat(wave.block_ids)
+        self._threads = threads = Threads(self._layout, wave.block_ids, wave.live)
+        rows = Rows(self._layout.lanes)
+        self._clocks = clocks = Clocks(threads, rows)
+        self._places.forget_shared()
+        self._order = MemoryOrder(threads, rows, clocks, self._history, self._places)
+        self._agents = Agents(self._layout)
+        self._shared = Shadow("shared", slots * wave.shared_stride, _LOG_LIMIT)
+        self._accesses = Accesses(clocks, self._reports, wave.shared_stride)
+        self._last: tuple[Array | None, Array, int] = (None, threads.thread, 0)
+
+    def races(self) -> list[Race]:
+        """What was found so far, one race for each pair of instructions."""
+        return list(self._reports.races.values())
+
+    def access(
+        self,
+        ins: Instruction,
+        cohort: Cohort,
+        space: str,
+        offset: Array,
+        nbytes: int,
+        kind: str,
+        order: str = "weak",
+        scope: str = "cta",
+    ) -> None:
+        """The lanes access nbytes bytes each, at byte offsets in the arena of the space.
+
+        Args:
+            kind: "read", "write" or "atomic".
+            order: "weak", "volatile", "relaxed", "acquire", "release" or "acq_rel".
+            scope: "cta", "cluster", "gpu" or "sys"; of no matter for weak and volatile accesses.
+        """
+        if not cohort.n:
+            return
+        offset = cohort.full(offset)
+        site = self._history.site(ins, kind, order, scope)
+        shadow = self._shared if space == "shared" else self._global
+        step = self._step(cohort.gids, shadow, site)
+        self._run(step, offset, nbytes)
+        if site.strength:
+            self._order.access(space, offset, cohort.gids, site)
+
+    def _step(self, gids: Array, shadow: Shadow, site: Site) -> Step:
+        known, threads, limit = self._last
+        if known is not gids:
+            threads = self._threads.thread.take(gids)
+            floor = int(np.minimum.reduce(self._clocks.block.take(gids)))
+            limit = (floor + 1) << self._layout.stamp_shift
+            self._last = (gids, threads, limit)
+        value = self._history.begin(site)
+        if shadow.paged:
+            limit = 1
+        return Step(shadow, site, self._history.now, gids, threads, threads | value, limit)
+
+    def _run(self, step: Step, offset: Array, nbytes: int) -> None:
+        try:
+            self._accesses.run(step, offset, nbytes)
+        except IndexError:
+            if not step.shadow.paged:
+                raise
+            step.shadow.add_pages(offset, nbytes)
+            self._accesses.run(step, offset, nbytes)
+
+    def barrier(self, gids: Array) -> None:
+        """The lanes, ascending, met at a barrier of their blocks."""
+        self._order.barrier(gids)
+        lanes = self._layout.lanes
+        groups = Groups.runs(gids, gids // lanes)
+        self._meet_blocks(groups, self._whole(groups, lanes))
+
+    def warp_sync(self, cohort: Cohort, membermask: Array) -> None:
+        """Lanes of one warp that are here and have the same mask meet, as in bar.warp.sync."""
+        gids = cohort.gids
+        if membermask.shape[0] > 1:
+            by = np.lexsort((membermask, gids >> 5))
+            gids = gids[by]
+            groups = Groups.runs(gids, gids >> 5, membermask[by])
+        else:
+            groups = Groups.runs(gids, gids >> 5)
+        whole = self._whole(groups, WARP)
+        if self._layout.lanes == WARP:
+            self._meet_blocks(groups, whole)
+        else:
+            self._meet(groups, whole, WARP)
+
+    def _whole(self, groups: Groups, size: int) -> Array:
+        """Which groups are all the lanes that have not exited of a block or warp of this size."""
+        live = self._wave.live.reshape(-1, size).sum(axis=1)
+        return live[groups.gids[groups.starts] // size] == groups.counts
+
+    def _meet_blocks(self, groups: Groups, whole: Array) -> None:
+        self._meet(groups, whole, self._layout.lanes)
+        self._last = (None, *self._last[1:])
+        if self._shared.logged() and self._wave.live.any():
+            self._shared.drop(int(self._clocks.block[self._wave.live].min()))
+
+    def _meet(self, groups: Groups, whole: Array, size: int) -> None:
+        """Groups of lanes meet; a whole one together with the lanes that have exited."""
+        now, flows = self._history.now, (self._clocks, *self._order.flows)
+        if not whole.all():
+            some = groups.pick(~whole)
+            for clocks in flows:
+                clocks.meet_some(some, now)
+            groups = groups.pick(whole)
+            if not groups.gids.shape[0]:
+                return
+        if (groups.counts != size).any():
+            groups = groups.padded(size)
+        for clocks in flows:
+            clocks.meet_all(groups, size == self._layout.lanes, now)
+
+    def fence(self, cohort: Cohort, scope: str, order: str) -> None:
+        """The lanes execute a fence: "acq_rel", "sc", "acquire" or "release", of a scope."""
+        self._order.fence(cohort.gids, scope, order)
+
+    def release(self, gids: Array, keys: Array | int) -> None:
+        """What the lanes did so far happens before what others do after they acquire the key.
+
+        keys: one for each lane, or one for all; any int64.
+        """
+        groups, names = self._by_key(gids, keys)
+        now = self._history.now
+        self._clocks.release(groups, names, now)
+        for clocks in self._order.flows:
+            if clocks.fenced(gids).any():
+                clocks.release(groups, names, now)
+
+    def acquire(self, gids: Array, keys: Array | int) -> None:
+        """What was released into the keys happens before what the lanes do from now on."""
+        groups, names = self._by_key(gids, keys)
+        self._clocks.acquire(groups, names)
+        for clocks in self._order.flows:
+            clocks.acquire(groups, names)
+
+    def forget(self, keys: Array | int) -> None:
+        """The keys will not be used again, or only with another meaning."""
+        for key in np.unique(np.asarray(keys)).tolist():
+            self._agents.forget(key)
+            for clocks in (self._clocks, *self._order.flows):
+                clocks.forget(key)
+
+    def _by_key(self, gids: Array, keys: Array | int) -> tuple[Groups, list[int]]:
+        blocks = gids // self._layout.lanes
+        keys = np.broadcast_to(np.asarray(keys, np.int64), gids.shape)
+        if (keys[1:] < keys[:-1]).any():
+            by = np.argsort(keys, kind="stable")
+            gids, keys, blocks = gids[by], keys[by], blocks[by]
+        groups = Groups.runs(gids, keys, blocks)
+        return groups, keys[groups.starts].tolist()
+
+    def copy_issued(
+        self, ins: Instruction, cohort: Cohort, offset: Array, nbytes: Array | int
+    ) -> Copy:
+        """The lanes start asynchronous writes of shared memory: multiples of four bytes."""
+        site = self._history.site(ins, "asynchronous copy", "weak", "cta")
+        step = self._step(cohort.gids, self._shared, site)
+        step.values = pending(step.values, self._layout)
+        words = np.broadcast_to(np.asarray(nbytes) >> 2, cohort.gids.shape)
+        lane = np.repeat(np.arange(cohort.n), words)
+        within = np.arange(lane.shape[0]) - np.repeat(np.cumsum(words) - words, words)
+        cells = (cohort.full(offset) >> 2)[lane] + within
+        if lane.shape[0]:
+            self._accesses.run(step.take(lane), cells << 2, 4)
+        return Copy(site, cohort.gids, cells, lane, step.values)
+
+    def copy_landed(self, copy: Copy, mask: Array | None) -> None:
+        """The lanes of the copy where mask is true (None: all) have waited for their part."""
+        if mask is None:
+            mask = np.ones(copy.gids.shape[0], np.bool_)
+        value = self._history.begin(copy.site)
+        states = self._threads.thread[copy.gids] | value
+        landed = copy.land(self._shared.words, mask, states)
+        for i in np.flatnonzero(mask & ~landed & (copy.agents >= 0)).tolist():
+            self._clocks.learn(int(copy.gids[i]), int(copy.agents[i]), int(copy.stamps[i]))
+
+    def copy_released(self, copy: Copy, mask: Array | None, keys: Array | int) -> None:
+        """Parts of the copy landed and completed phases: those who acquire a key know them.
+
+        keys: one for each lane where mask is true, or one for all.
+        """
+        if mask is None:
+            mask = np.ones(copy.gids.shape[0], np.bool_)
+        value = self._history.begin(copy.site) | SPECIAL
+        lanes = np.flatnonzero(mask)
+        names = np.broadcast_to(np.asarray(keys, np.int64), lanes.shape)
+        blocks = self._threads.block[copy.gids]
+        places: dict[tuple[int, int], list[int]] = {}
+        for i, block, key in zip(
+            lanes.tolist(), blocks[lanes].tolist(), names.tolist(), strict=True
+        ):
+            places.setdefault((block, key), []).append(i)
+        states = np.zeros(mask.shape[0], np.int64)
+        for (block, key), members in places.items():
+            before = copy.agents[members]
+            # Who acquires the phase knows the copy, whichever phase it completed before.
+            done = {(int(a), int(s)) for a, s in zip(before, copy.stamps[members], strict=True)}
+            for agent, stamp in done:
+                if agent >= 0:
+                    self._clocks.tell(key, block, agent, stamp)
+            fresh = np.array(members)[before < 0]
+            if fresh.shape[0]:
+                agent = self._agents.of(block, key)
+                self._clocks.tell(key, block, agent, self._history.now)
+                copy.agents[fresh] = agent
+                copy.stamps[fresh] = self._history.now
+                states[fresh] = block << self._layout.local_bits | agent | value
+        copy.land(self._shared.words, mask & (states != 0), states)

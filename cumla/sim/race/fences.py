@@ -1,0 +1,88 @@
+"""What each lane knew at its last fence."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cumla.sim.cohort import Array
+from cumla.sim.race.clock import Clock
+from cumla.sim.race.clocks import Clocks, Rows
+from cumla.sim.race.lanes import Groups, Threads
+
+
+class FenceClocks(Clocks):
+    """What each lane knew at its last fence: what its strong writes release.
+
+    PTX ISA "Release and Acquire Patterns" wants fence and write from one thread. CUDA's own
+    programs rely on more: that writes which each thread of a block fenced, before a barrier of the
+    block, are released by a write of one of them after it. So these clocks, too, are joined where
+    lanes meet.
+
+    Attributes:
+        own: [lanes] int64: the stamp of the lane's last fence, 0 once it is part of the row.
+    """
+
+    def __init__(self, threads: Threads, rows: Rows) -> None:
+        super().__init__(threads, rows)
+        self.own = np.zeros(self.row.shape[0], np.int64)
+        self._exports: dict[tuple[object, ...], Clock] = {}
+        self._collections = 0
+
+    def fence(self, gids: Array, clocks: Clocks, now: int) -> None:
+        """The lanes executed a fence: all that they know by now."""
+        self.own[gids] = now
+        self.block[gids] = clocks.block[gids]
+        self.warp[gids] = clocks.warp[gids]
+        self.row[gids] = clocks.row[gids]
+        self._rowed |= clocks._rowed
+        self.copies |= clocks.copies
+        if clocks.abroad is not None:
+            if self.abroad is None:
+                self.abroad = np.full(self.row.shape[0], None, np.object_)
+            self.abroad[gids] = clocks.abroad[gids]
+
+    def fenced(self, gids: Array) -> Array:
+        """[n] bool: which lanes have something to release."""
+        return (self.own[gids] | self.row[gids] | self.block[gids]) > 0
+
+    def cached_export(self, gid: int) -> Clock:
+        """`export`, the same object for all lanes that would release the same."""
+        if self._collections != self.rows.collections or len(self._exports) > 4096:
+            self._collections = self.rows.collections
+            self._exports = {}
+        own = int(self.own[gid])
+        key = (
+            int(self.threads.block[gid]),
+            gid if own else -1,
+            own,
+            int(self.warp[gid]),
+            int(self.block[gid]),
+            int(self.row[gid]),
+            None if self.abroad is None else self.abroad[gid],
+        )
+        clock = self._exports.get(key)
+        if clock is None:
+            clock = self._exports[key] = self.export(gid, 0)
+        return clock
+
+    def _own(self, gids: Array, now: int) -> Array | int:
+        return self.own[gids].astype(np.int32)
+
+    def meet_some(self, groups: Groups, now: int) -> None:
+        """Each group's lanes met."""
+        gids, starts = groups.gids, groups.starts
+        # Where a lane's own fence counts it knows itself better than the others know it.
+        differ = np.maximum.reduceat(self.own[gids], starts) > 0
+        for values in (self.warp, self.block, self.row):
+            found = values[gids]
+            differ |= np.minimum.reduceat(found, starts) != np.maximum.reduceat(found, starts)
+        if differ.any():
+            some = groups.pick(differ)
+            self.row[some.gids] = some.spread(self.rows.add(self._joined(some, now)))
+            self._rowed = True
+            self.own[some.gids] = self.warp[some.gids] = self.block[some.gids] = 0
+        self._share_abroad(groups)
+
+    def meet_all(self, groups: Groups, blocks: bool, now: int) -> None:
+        """Each group's lanes met."""
+        self.meet_some(groups, now)

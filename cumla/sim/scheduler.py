@@ -1,0 +1,263 @@
+"""Who runs next: lanes at the lowest place first, so that lanes that parted meet again.
+
+Lanes of all warps and blocks of a wave that stand at the same place step together. Lanes that have
+to wait are parked and asked again when nobody else can move. A cohort in a loop that changes
+nothing, neither memory nor a register, spins: it is parked until memory changes. If at last
+nobody can move, the launch is deadlocked.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cumla.sim.codegen import Code
+from cumla.sim.cohort import WARP, Cohort
+from cumla.sim.errors import Deadlock, KernelError, SimError
+from cumla.sim.flow import EXIT
+from cumla.sim.wave import Wave
+
+# Rounds of a loop before its state is compared between rounds; compared again at each doubling.
+FIRST_SPIN_TEST = 32
+# Rounds after which a loop lets others run, though its state still changes.
+LONG_TURN = 1 << 14
+# How often try_wait may give up in vain, with nothing changing, before that is a deadlock.
+VAIN_ROUNDS = 4
+
+
+class Scheduler:
+    """Runs one wave to its end."""
+
+    def __init__(self, code: Code, wave: Wave) -> None:
+        self.code = code
+        self.wave = wave
+        self.places = code.places
+        self.runnable: dict[int, list[Cohort]] = {}
+        self.parked: dict[int, list[Cohort]] = {}
+        # Spinning cohorts, with the wave's version that they have seen (None: let others go first).
+        self.spinning: list[tuple[int, Cohort, int | None]] = []
+
+    def run(self) -> None:
+        wave = self.wave
+        gids = np.flatnonzero(wave.live)
+        self.runnable[0] = [Cohort(wave, gids, list(self.code.initial))]
+        expired_at = -1
+        vain = 0
+        while True:
+            while self.runnable:
+                self.turn()
+            if not self.parked and not self.spinning:
+                return
+            if self.wake():
+                continue
+            if wave.copies.deliver_all_arrivals() and self.wake():
+                continue
+            vain = vain + 1 if wave.version == expired_at else 0
+            expired_at = wave.version
+            if vain < VAIN_ROUNDS:
+                wave.expired = True
+                try:
+                    woken = self.wake(run=True)
+                finally:
+                    wave.expired = False
+                if woken:
+                    continue
+            raise self.deadlock()
+
+    def wake(self, run: bool = False) -> bool:
+        """Ask all parked lanes again; with `run`, those that may go on make one step at once."""
+        found = False
+        spinning, self.spinning = self.spinning, []
+        for place, cohort, version in spinning:
+            if version == self.wave.version:
+                self.spinning.append((place, cohort, version))
+            else:
+                self.runnable.setdefault(place, []).append(cohort)
+                found = True
+        parked, self.parked = self.parked, {}
+        for place in sorted(parked):
+            cohort = self.merge(place, parked[place])
+            ready = self.gate(place, cohort)
+            if ready is not None:
+                found = True
+                if run:
+                    self.follow(place, ready, once=True)
+                else:
+                    self.runnable.setdefault(place, []).append(ready)
+        return found
+
+    def turn(self) -> None:
+        """Run the lowest cohort until it waits, ends, parts or is no longer the lowest."""
+        place = min(self.runnable)
+        cohorts = self.runnable.pop(place)
+        if place in self.parked:
+            cohorts = cohorts + self.parked.pop(place)
+        self.follow(place, self.merge(place, cohorts))
+
+    def follow(self, place: int, cohort: Cohort, once: bool = False) -> None:
+        wave = self.wave
+        places = self.places
+        limit = min(self.runnable) if self.runnable else len(places)
+        rounds = 0
+        seen: tuple[int, int, list[Any]] | None = None
+        while True:
+            here = places[place]
+            if here.gate is not None and not (here.warp_gate and cohort.whole):
+                ready = self.gate(place, cohort)
+                if ready is None:
+                    return
+                cohort = ready
+            try:
+                following = (here.run_whole if cohort.whole else here.step)(cohort)
+            except SimError:
+                raise
+            except Exception as error:
+                raise self.internal(error) from error
+            wave.clock += here.cost
+            if following.__class__ is not int:
+                for target, mask in following:
+                    self.add(target, self.part(target, cohort, mask))
+                return
+            if following == EXIT:
+                wave.exit(cohort.gids)
+                return
+            if following >= limit or once:
+                self.add(following, cohort)
+                return
+            if following <= place:
+                # A loop: is it one that cannot end unless others change memory?
+                rounds += 1
+                if seen is not None and seen[0] == following:
+                    if self.unchanged(following, cohort, seen):
+                        self.spinning.append((following, cohort, wave.version))
+                        return
+                    seen = None
+                if rounds >= FIRST_SPIN_TEST and rounds & (rounds - 1) == 0:
+                    seen = (following, wave.version, list(cohort.regs))
+                if rounds % LONG_TURN == 0 and (self.runnable or self.parked or self.spinning):
+                    self.spinning.append((following, cohort, None))
+                    return
+            place = following
+
+    def add(self, place: int, cohort: Cohort) -> None:
+        if place == EXIT:
+            self.wave.exit(cohort.gids)
+        else:
+            self.runnable.setdefault(place, []).append(cohort)
+
+    def gate(self, place: int, cohort: Cohort) -> Cohort | None:
+        """The lanes that may go on from here, the others parked; None if there are none."""
+        gate = self.places[place].gate
+        assert gate is not None
+        try:
+            answer = gate(cohort)
+        except SimError:
+            raise
+        except Exception as error:
+            raise self.internal(error) from error
+        if answer is True:
+            return cohort
+        if answer.shape[0] != cohort.n:
+            answer = cohort.full(answer)
+        number = np.count_nonzero(answer)
+        if number == cohort.n:
+            return cohort
+        parked = self.parked.setdefault(place, [])
+        if number == 0:
+            parked.append(cohort)
+            return None
+        parked.append(self.part(place, cohort, ~answer))
+        return self.part(place, cohort, answer)
+
+    def part(self, place: int, cohort: Cohort, mask: NDArray[np.bool_]) -> Cohort:
+        """The lanes of a cohort where mask is true, with the registers that are live at a place."""
+        regs = list(self.code.initial)
+        if place != EXIT:
+            for number in self.places[place].live:
+                value = cohort.regs[number]
+                regs[number] = value if value.shape[0] == 1 else value[mask]
+        return Cohort(cohort.wave, cohort.gids[mask], regs)
+
+    def merge(self, place: int, cohorts: list[Cohort]) -> Cohort:
+        """One cohort of several that stand at the same place."""
+        if len(cohorts) == 1:
+            return cohorts[0]
+        gids = np.concatenate([c.gids for c in cohorts])
+        order = np.argsort(gids)
+        regs = list(self.code.initial)
+        for number in self.places[place].live:
+            values = [c.regs[number] for c in cohorts]
+            first = values[0]
+            if all(
+                v is first or (v.shape[0] == 1 and v.tobytes() == first.tobytes()) for v in values
+            ) and (first.shape[0] == 1):
+                regs[number] = first
+            else:
+                whole = [c.full(v) for c, v in zip(cohorts, values, strict=True)]
+                regs[number] = np.concatenate(whole)[order]
+        return Cohort(self.wave, gids[order], regs)
+
+    def unchanged(self, place: int, cohort: Cohort, seen: tuple[int, int, list[Any]]) -> bool:
+        """Whether a round of a loop changed neither memory nor a live register."""
+        if seen[1] != self.wave.version:
+            return False
+        for number in self.places[place].live:
+            now, before = cohort.regs[number], seen[2][number]
+            if now is not before and now.tobytes() != before.tobytes():
+                return False
+        return True
+
+    def internal(self, error: Exception) -> SimError:
+        """An error of the simulator itself, with the instruction at which it happened."""
+        trace = error.__traceback__
+        ins = None
+        while trace is not None:
+            lines = self.code.instructions_of.get(trace.tb_frame.f_code.co_filename)
+            if lines is not None:
+                ins = lines[trace.tb_lineno - 1]
+            trace = trace.tb_next
+        if ins is None:
+            return KernelError(f"the simulator failed: {error!r}")
+        return KernelError(f"the simulator failed at `{ins.text}`: {error!r}", self.wave.where(ins))
+
+    def deadlock(self) -> Deadlock:
+        """Name every waiting warp, where it is and what it waits for."""
+        waiting: dict[tuple[str, str], list[str]] = {}
+        for place, cohorts in sorted(self.parked.items()):
+            for cohort in cohorts:
+                self.describe(waiting, place, cohort, spins=False)
+        for place, cohort, _ in self.spinning:
+            self.describe(waiting, place, cohort, spins=True)
+        lines = []
+        for (source, reason), warps in waiting.items():
+            lines.append(f"  {source}: waits for {reason}: {'; '.join(warps)}")
+        return Deadlock(
+            f"kernel {self.wave.geometry.kernel}: deadlock, nobody can move.\n" + "\n".join(lines)
+        )
+
+    def describe(
+        self, waiting: dict[tuple[str, str], list[str]], place: int, cohort: Cohort, spins: bool
+    ) -> None:
+        here = self.places[place]
+        source = self.code.kernel.instructions[here.first].where
+        wave = self.wave
+        by_block: dict[tuple[int, int], dict[str, list[str]]] = {}
+        for warp in cohort.warps:
+            mask = (cohort.gids >> 5) == warp
+            one = self.part(place, cohort, mask)
+            reason = "memory to change, in a loop that changes nothing"
+            if not spins and here.waits_for is not None:
+                reason = here.waits_for(one)
+            block = int(one.gids[0]) // wave.lanes_per_block
+            number = int(warp) - block * (wave.lanes_per_block // WARP)
+            name = f"warp {number}"
+            if one.n < WARP:
+                bits = int(np.bitwise_or.reduce(np.uint32(1) << one.lanes))
+                name += f" (lanes 0x{bits:08x})"
+            by_block.setdefault((block, 0), {}).setdefault(reason, []).append(name)
+        for (block, _), reasons in by_block.items():
+            for reason, names in reasons.items():
+                text = f"block {wave.block_index(block)} {', '.join(names)}"
+                waiting.setdefault((source, reason), []).append(text)

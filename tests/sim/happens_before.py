@@ -1,0 +1,232 @@
+"""Races by definition: a graph of what each thread did, and reachability in it.
+
+Nodes are what single threads did, in the order in which it was simulated; `before[n]` is the set
+of nodes, as bits of an integer, from which a path of ordering edges leads to n. Nothing is shared
+with the detector: no stamps, no clocks, no states of memory, every pair of accesses is looked at.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+STRONG = ("volatile", "relaxed", "acquire", "release", "acq_rel")
+
+
+@dataclass
+class Did:
+    """An access of one thread to some bytes."""
+
+    node: int
+    event: int
+    thread: tuple[int, int]  # block in the grid, thread in it
+    space: str
+    offset: int  # in the arena; shared memory of different blocks is apart
+    nbytes: int
+    kind: str  # "read", "write", "atomic" or "copy"
+    order: str
+    scope: str
+    landed: int | None = None  # node after which a copy counts as done
+
+
+@dataclass
+class Look:
+    """What a strong read of a place finds: who wrote it, and who released what there."""
+
+    writes: list[tuple[Did, set[int]]] = field(default_factory=list)  # the bytes that are left
+    released: list[tuple[int, bool, int]] = field(default_factory=list)  # node, wide, block
+    writer: tuple[int, int] | None = None
+    by_release: list[tuple[int, bool, int]] = field(default_factory=list)
+
+
+def strong(did: Did) -> bool:
+    return did.kind == "atomic" or (did.kind != "copy" and did.order in STRONG)
+
+
+def wide(did: Did) -> bool:
+    return did.order == "volatile" or did.scope != "cta"
+
+
+def morally_strong(a: Did, b: Did) -> bool:
+    if not (strong(a) and strong(b)):
+        return False
+    return a.thread[0] == b.thread[0] or (wide(a) and wide(b))
+
+
+class Program:
+    """Everything that happened so far, told in the detector's terms."""
+
+    def __init__(self, lanes: int) -> None:
+        self.lanes = lanes
+        self.before: list[int] = []
+        self.flow: list[int] = []  # the same without synchronisation through memory
+        self.last: dict[tuple[int, int], int] = {}
+        self.accesses: list[Did] = []
+        self.looks: dict[tuple[str, int], Look] = {}
+        self.observed: dict[tuple[int, int], list[int]] = {}  # node of a write, byte: lookers
+        self.fences: dict[int, bool] = {}  # node: whether wide
+        self.seen: dict[tuple[int, int], list[tuple[int, bool]]] = {}
+        self.keys: dict[int, list[int]] = {}
+        # Two accesses and the bytes; those where the second is sure to race, see `access`.
+        self.races: list[tuple[Did, Did, set[int], set[int]]] = []
+
+    # The graph
+
+    def node(self, after: list[int], flow: list[int] | None = None) -> int:
+        n = len(self.before)
+        reach = 0
+        for m in after:
+            reach |= self.before[m] | 1 << m
+        self.before.append(reach)
+        reach = 0
+        for m in after if flow is None else flow:
+            reach |= self.flow[m] | 1 << m
+        self.flow.append(reach)
+        return n
+
+    def step(self, thread: tuple[int, int], *also: int) -> int:
+        """The thread's next node, after its last and after others that memory orders before."""
+        mine = [self.last[thread]] if thread in self.last else []
+        self.last[thread] = self.node(mine + list(also), mine)
+        return self.last[thread]
+
+    def join(self, threads: list[tuple[int, int]], past: list[tuple[int, int]]) -> None:
+        """threads meet; those of past, which have exited, are waited for as well."""
+        n = self.node([self.last[t] for t in [*threads, *past] if t in self.last])
+        for thread in threads:
+            self.last[thread] = n
+
+    # Synchronisation
+
+    def barrier(self, threads: list[tuple[int, int]], past: list[tuple[int, int]]) -> None:
+        for thread in threads:
+            self._acquire(thread, True)
+        self.join(threads, past)
+
+    def fence(self, threads: list[tuple[int, int]], scope: str, order: str) -> None:
+        for thread in threads:
+            if order != "release":
+                self._acquire(thread, scope != "cta")
+            if order != "acquire":
+                self.fences[self.step(thread)] = scope != "cta"
+
+    def _acquire(self, thread: tuple[int, int], is_wide: bool) -> None:
+        seen = self.seen.get(thread, [])
+        now = [node for node, needs in seen if is_wide or not needs]
+        self.seen[thread] = [(node, needs) for node, needs in seen if needs and not is_wide]
+        if now:
+            self.step(thread, *now)
+
+    def release(self, threads: list[tuple[int, int]], key: int) -> None:
+        for thread in threads:
+            self.keys.setdefault(key, []).append(self.step(thread))
+
+    def acquire(self, threads: list[tuple[int, int]], key: int) -> None:
+        for thread in threads:
+            own = [self.last[thread]] if thread in self.last else []
+            self.last[thread] = self.node(own + self.keys.get(key, []))
+
+    # Accesses
+
+    def ordered(self, a: Did, node: int) -> bool:
+        """Whether a, or if it is a copy its end, happens before the node."""
+        n = a.landed if a.kind == "copy" else a.node
+        return n is not None and bool(self.before[node] >> n & 1)
+
+    def looked(self, a: Did, node: int, byte: int) -> bool:
+        """Whether somebody saw what a wrote in the byte, and that happens before the node."""
+        lookers = self.observed.get((a.node, byte), [])
+        return any(z == node or self.before[node] >> z & 1 for z in lookers)
+
+    def access(self, dids: list[Did]) -> None:
+        """What the lanes of one instruction do, lane after lane.
+
+        A write that happens before one that was seen is not ordered with who saw that, so it may
+        be reported; but it cannot be seen any more, so it need not be.
+        """
+        for did in dids:
+            did.node = self.step(did.thread)
+            for old in self.accesses:
+                bytes_ = self._overlap(old, did)
+                if not bytes_ or (old.kind == "read" and did.kind == "read"):
+                    continue
+                if old.thread == did.thread and old.kind != "copy":
+                    continue
+                if morally_strong(old, did) or self.ordered(old, did.node):
+                    continue
+                bytes_ = {at for at in bytes_ if not self.looked(old, did.node, at)}
+                sure = {at for at in bytes_ if not self._replaced(old, did.node, at)}
+                if bytes_:
+                    self.races.append((old, did, bytes_, sure))
+            self.accesses.append(did)
+            self._through_memory(did)
+
+    def _replaced(self, a: Did, node: int, byte: int) -> bool:
+        return any(
+            byte in self._overlap(a, b) and self.ordered(a, b.node) and self.looked(b, node, byte)
+            for b in self.accesses
+        )
+
+    @staticmethod
+    def _overlap(a: Did, b: Did) -> set[int]:
+        if a.space != b.space:
+            return set()
+        low, high = max(a.offset, b.offset), min(a.offset + a.nbytes, b.offset + b.nbytes)
+        return set(range(low, high))
+
+    def _through_memory(self, did: Did) -> None:
+        if not strong(did):
+            if did.kind != "read":
+                for (space, _), look in self.looks.items():
+                    if space == did.space:
+                        for _, left in look.writes:
+                            left -= set(range(did.offset, did.offset + did.nbytes))
+            return
+        block = did.thread[0]
+        place = (did.space, did.offset)
+        look = self.looks.get(place, Look())
+        if did.kind != "write":
+            for write, left in look.writes:
+                if morally_strong(write, did):
+                    for at in left:
+                        self.observed.setdefault((write.node, at), []).append(did.node)
+            found = [
+                (node, is_wide and b != block)
+                for node, is_wide, b in look.released
+                if b == block or (is_wide and wide(did))
+            ]
+            if did.order in ("acquire", "acq_rel"):
+                if found:
+                    self.step(did.thread, *(node for node, _ in found))
+            else:
+                self.seen.setdefault(did.thread, []).extend(found)
+        if did.kind == "read":
+            return
+        mine = []
+        if did.order in ("release", "acq_rel"):
+            mine = [(did.node, wide(did), block)]
+        else:
+            reach = self.flow[did.node]
+            for node, is_wide in self.fences.items():
+                if reach >> node & 1:
+                    mine.append((node, is_wide and wide(did), block))
+        all_of_it = (did, set(range(did.offset, did.offset + did.nbytes)))
+        if did.kind == "write":
+            old = look.by_release if look.writer == did.thread else []
+            fresh = Look([all_of_it], old + mine, did.thread)
+            fresh.by_release = old + mine if did.order == "release" else old
+            self.looks[place] = fresh
+        else:
+            self.looks[place] = Look(
+                [*look.writes, all_of_it], look.released + mine, look.writer, look.by_release
+            )
+
+    # Asynchronous copies
+
+    def landed(self, dids: list[Did]) -> None:
+        for did in dids:
+            did.landed = self.step(did.thread)
+
+    def completed(self, dids: list[Did], key: int) -> None:
+        for did in dids:
+            did.landed = self.node([])
+            self.keys.setdefault(key, []).append(did.landed)
