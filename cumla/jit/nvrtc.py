@@ -110,8 +110,7 @@ def _architecture(nvrtc: Any, target: str) -> str:
 
 
 def _text(value: str | bytes) -> str:
-    text = value.decode(errors="replace") if isinstance(value, bytes) else value
-    return text.rstrip("\0")
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
 def _listing(name: str, source: str, log: str) -> Iterator[str]:

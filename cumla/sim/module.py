@@ -11,7 +11,7 @@ import numpy as np
 
 from cumla.sim.arguments import marshal
 from cumla.sim.counters import Counters
-from cumla.sim.errors import LaunchError, RaceError
+from cumla.sim.errors import Deadlock, LaunchError, RaceError
 from cumla.sim.inline import flatten
 from cumla.sim.isa.table import Env
 from cumla.sim.memory import DeviceArray
@@ -207,14 +207,19 @@ class Kernel:
                             race.next_wave(wave)
                         wave.race = race
                     Scheduler(prepared.code, wave).run()
+        except Deadlock as error:
+            # Who waits for ever may do so because of a race.
+            if race is None or not race.races():
+                raise
+            raise Deadlock(f"{error}\nraces found before:\n{listed(race)}") from None
         finally:
             text = "".join(printed)
             sys.stdout.write(text)
         device.launches += 1
         if race is not None and race.races():
             found = tuple(str(r) for r in race.races())
-            listed = "\n".join(f"  {r}" for r in found)
-            raise RaceError(f"kernel {self.name}: {len(found)} races\n{listed}", found)
+            number = "a race" if len(found) == 1 else f"{len(found)} races"
+            raise RaceError(f"kernel {self.name}: {number}\n{listed(race)}", found)
         return Launch(self.name, text, counted)
 
     def check_block(self, block: tuple[int, int, int], static: int, dynamic: int) -> None:
@@ -244,6 +249,11 @@ class Kernel:
             8 * len(prepared.kernel.registers) + 2 * geometry.local_size
         )
         return max(1, min(fits, WAVE_LANES // geometry.lanes, WAVE_BYTES // a_block))
+
+
+def listed(race: RaceDetector) -> str:
+    """The races that were found, a line each."""
+    return "\n".join(f"  {r}" for r in race.races())
 
 
 def dimensions(name: str, value: int | Sequence[int]) -> tuple[int, int, int]:

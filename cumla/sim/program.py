@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cumla.sim.codegen import Code, generate
 from cumla.sim.emit import CONDITION, split_operands
@@ -110,6 +110,7 @@ class Prepared:
 def look_up(kernel: FlatKernel, env: Env) -> tuple[dict[int, Op], list[tuple[Instruction, str]]]:
     """The Op of every instruction, and what is not supported, with the reason."""
     load_families()
+    env = replace(env, registers=kernel.registers)
     ops: dict[int, Op] = {}
     problems = list(kernel.problems)
     for ins in kernel.instructions:

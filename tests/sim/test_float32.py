@@ -122,6 +122,27 @@ def test_ftz_input_matters_where_the_result_is_normal() -> None:
     same(run("fma.rn.ftz.f32", single(-(2.0**-127)), single(1.0), single(-0.0)), single(-0.0))
 
 
+def test_ftz_on_arrays_of_one_size() -> None:
+    """Few lanes of like size together: what is looked at depends on all lanes of an array."""
+    rng = np.random.default_rng(15)
+    for sizes in itertools.product([-140, -127, -120, -51, 0, 18, 110], repeat=3):
+        exponents = np.array(sizes)[:, None] + rng.integers(-1, 2, (3, 4))
+        numbers = np.ldexp(rng.uniform(1, 2, (3, 4)) * rng.choice([-1, 1], (3, 4)), exponents)
+        operands = tuple(single(*x) for x in numbers)
+        inputs = tuple(map(flushed, operands))
+        want = flushed(expected("fma", "f32", "rn", *inputs))
+        same(run("fma.rn.ftz.f32", *operands), want, *operands)
+        if sizes[2] == 0:
+            for name in ("add", "sub", "mul"):
+                want = flushed(expected(name, "f32", "rn", *inputs[:2]))
+                same(run(f"{name}.ftz.f32", *operands[:2]), want, *operands)
+    # A tie, but for an addend that is flushed; and a zero, but for a factor that is.
+    a, b, c = single(1 + 3 * 2.0**-23), single(1.5), single(2.0**-127)
+    same(run("fma.rn.ftz.f32", a, b, c), expected("fma", "f32", "rn", a, b, single(0)))
+    a, b, c = single(2.0**-127), single(2.0**19), single(-(2.0**-108))
+    same(run("fma.rn.ftz.f32", a, b, c), c)
+
+
 @pytest.mark.parametrize("name", ["add", "sub", "mul"])
 def test_sat(name: str) -> None:
     a, b = pairs("f32", 500, 6)

@@ -62,7 +62,9 @@ def test_two_operands(name: str, mode: str) -> None:
 def test_one_operand(mode: str) -> None:
     a = np.concatenate([np.array(edges("f64"), np.uint64), random_bits("f64", 500, 2)])
     squares = random_bits("f64", 100, 3).view(np.float64) ** 2  # roots near a number
-    a = np.concatenate([a, squares.view(np.uint64)])
+    roots = np.ldexp(np.arange(2**26 - 9, 2**26 - 1, dtype=np.float64), -530)
+    close = [np.nextafter(roots**2, x) for x in (-1, 1)]  # and next to a square, tiny
+    a = np.concatenate([a, *(x.view(np.uint64) for x in (squares, roots**2, *close))])
     for name in ("rcp", "sqrt"):
         same(run(f"{name}.{mode}.f64", a), expected(name, "f64", mode, a), a)
 

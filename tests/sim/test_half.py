@@ -103,15 +103,19 @@ def test_fma_near_ties(kind: str) -> None:
 def test_fma_bf16_beyond_the_range_of_f32() -> None:
     """Products that are no f32, and sums that come back into the range."""
     rng = np.random.default_rng(4)
-    a, b = (random_bits("bf16", 2000, 5 + i) for i in range(2))
-    exponent = rng.integers(1, 254, 2000)
-    other = np.clip(rng.choice([-24, 0, 126, 254, 381], 2000) - exponent + 127, 1, 254)
-    a = (a & 0x807F | exponent << 7).astype(np.uint16)
-    b = (b & 0x807F | other << 7).astype(np.uint16)
-    product = -np.array(values(a, "bf16")) * np.array(values(b, "bf16"))
-    shift = np.exp2(rng.integers(-12, 13, 2000))
-    c = (product * shift).astype(ml_dtypes.bfloat16).view(np.uint16)
-    same(run("fma.rn.bf16", a, b, c), expected("fma", "bf16", "rn", a, b, c), a, b, c)
+    for exponents in (2, 90, 105, 121, 128, 254, 381, 382, 383):  # biased, of both factors
+        a, b = (random_bits("bf16", 300, 5 + i) for i in range(2))
+        exponent = rng.integers(max(1, exponents - 254), min(255, exponents), 300)
+        other = exponents - exponent
+        a = (a & 0x807F | exponent << 7).astype(np.uint16)
+        b = (b & 0x807F | other << 7).astype(np.uint16)
+        product = -np.array(values(a, "bf16")) * np.array(values(b, "bf16"))
+        shift = np.exp2(rng.integers(-12, 13, 300))
+        c = (product * shift).astype(ml_dtypes.bfloat16).view(np.uint16)
+        same(run("fma.rn.bf16", a, b, c), expected("fma", "bf16", "rn", a, b, c), a, b, c)
+    # 2**128 + (-2**127) is 2**127.
+    a, b, c = (np.array([x], np.uint16) for x in (0x5F80, 0x5F80, 0xFF00))
+    assert run("fma.rn.bf16", a, b, c) == 0x7F00
 
 
 @pytest.mark.parametrize("name", ["add", "sub", "mul", "fma"])

@@ -392,9 +392,10 @@ def test_what_codes_mean(kind: str) -> None:
                 for place in range(32 // bits)
             ]
         ).astype(np.uint32)
+    planes = np.empty((32 // bits, words.size), np.uint32)
+    got = planes.view(np.float32) if ELEMENTS[kind].exponent else planes.astype(np.float32)
     with np.errstate(all="ignore"):
-        got = ELEMENTS[kind].unpacker()(words)
-    assert got.shape == (32 // bits, words.size)
+        ELEMENTS[kind].unpacker()(words, planes, got)
     for place, values in enumerate(got):
         codes = (words >> np.uint32(place * bits)).astype(np.uint64) & ((1 << bits) - 1)
         if kind in TYPES:

@@ -1,69 +1,23 @@
-"""The PTX parser on hand-written text: every form, and text that is not PTX.
-
-Bytes of initialisers and values of constant expressions that are written as hexadecimal text here
-are what ptxas 13.0 makes of the same declarations.
-"""
+"""The PTX parser on hand-written text: operands, calls, scopes, functions, source lines."""
 
 from __future__ import annotations
 
-import random
-import struct
-
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from cumla.sim.errors import PTXSyntaxError
 from cumla.sim.isa.special import SPECIAL
 from cumla.sim.ptx import parse
 from cumla.sim.ptx.syntax import (
     Address,
-    Function,
     Guard,
     Immediate,
-    Module,
     Negated,
     Operand,
     Pair,
-    Register,
     Sink,
     Symbol,
-    Variable,
     Vector,
 )
-
-HEADER = ".version 8.7\n.target sm_90a\n.address_size 64\n"
-REGISTERS = """
-.reg .pred %p<4>; .reg .b16 %rs<4>; .reg .b32 %r<8>; .reg .b64 %rd<8>;
-.reg .f32 %f<8>; .reg .f64 %fd<4>; .reg .v4 .f32 v4; .reg .v2 .b32 v2;
-"""
-
-
-def module(text: str) -> Module:
-    return parse(HEADER + text)
-
-
-def kernel(body: str, before: str = "") -> Function:
-    """The kernel `k` with some registers and this body."""
-    made = module(f"{before}\n.visible .entry k(.param .u64 a)\n{{{REGISTERS}{body}\n}}")
-    return made.functions["k"]
-
-
-def operands(text: str) -> tuple[Operand, ...]:
-    """Operands of an instruction that may name `arr`, `dyn` and the registers above."""
-    before = ".global .u32 arr[4]; .extern .shared .align 16 .b8 dyn[];"
-    (ins,) = kernel(text, before).instructions
-    return ins.operands
-
-
-def variable(text: str) -> Variable:
-    """The last variable of the text."""
-    return list(module(text).variables.values())[-1]
-
-
-def R(name: str) -> Register:
-    return Register(name)
-
+from tests.sim.ptx_text import CALLED, R, kernel, module, operands
 
 # The module's own directives
 
@@ -182,110 +136,7 @@ def test_all_special_registers_are_known() -> None:
         assert operands(f"mov.u32 %r1, {name};")[1] == R(name)
 
 
-# Literals and constant expressions
-
-
-def immediate(text: str) -> Immediate:
-    value = operands(f"mov.b64 %rd1, {text};")[1]
-    assert isinstance(value, Immediate)
-    return value
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1))
-def test_float_literals_keep_their_bits(single: int, double: int) -> None:
-    first, second = immediate(f"0f{single:08X}"), immediate(f"0D{double:016x}")
-    assert (first.single_bits, first.double_bits) == (single, None)
-    assert (second.single_bits, second.double_bits) == (None, double)
-    for made, layout, bits in ((first, "<f", single), (second, "<d", double)):
-        if made.value == made.value:  # a NaN's payload is in the bits only
-            assert struct.pack(layout, made.value) == bits.to_bytes(
-                len(struct.pack(layout, 0)), "little"
-            )
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(0, 2**63 - 1), st.floats(allow_nan=False, allow_infinity=False))
-def test_number_literals(number: int, real: float) -> None:
-    forms = (f"{number}", f"0x{number:x}", f"0X{number:X}", f"0b{number:b}", f"0{number:o}")
-    for text in forms:
-        assert immediate(text) == Immediate(number)
-        assert immediate(f"{text}U") == Immediate(number)
-        assert immediate(f"-{text}") == Immediate(-number)
-    text = f"{real:.17e}"
-    assert immediate(text) == Immediate(real)
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("1.", 1.0),
-        (".5", 0.5),
-        ("-0.5", -0.5),
-        ("1e5", 1e5),
-        ("1.5E-3", 1.5e-3),
-        ("1.0+2.5", 3.5),
-        ("2.0*1.0/4.0", 0.5),
-        ("1?2.0:3.0", 2.0),
-        ("0xFFFFFFFFFFFFFFFF", 2**64 - 1),
-        ("0x8000000000000000", 2**63),
-        ("-1", -1),
-        ("- 1", -1),
-        ("-1U", 2**64 - 1),
-        ("((((((1))))))+((2)*(3+(4)))", 15),
-    ],
-)
-def test_values(text: str, value: float) -> None:
-    assert immediate(text) == Immediate(value)
-
-
-EXPRESSIONS = """
-(1<<3)+4 = c; 7-2-1 = 4; 2+3*4 = e; (2+3)*4 = 14; -7/2 = fffffffffffffffd;
-7/-2 = fffffffffffffffd; -1U/2 = 7fffffffffffffff; (.s64)-1U/2 = 0; -1>>60 = ffffffffffffffff;
-(.u64)-1>>60 = f; 1<<64 = 1; 3<<65 = 6; -8>>65 = fffffffffffffffc; ~3 = fffffffffffffffc;
-~0>>63 = 1; !0 = 1; !5 = 0; 1?2:3 = 2; 0?2:3 = 3; 0?2:3?4:5 = 4;
-(0 ? 1U : -8)/2 = fffffffffffffffc; 1&3|4^6 = 3; 6&3==3 = 0; 1|2&&0 = 0; 1||0&&0 = 1; 5>3 = 1;
--1>1U = 1; -1>1 = 0; 3>=3 = 1; 2<=1 = 0; 2!=1 = 1; 0777 = 1ff; 0b1011 = b;
-0x8000000000000000>>1 = 4000000000000000; -0x8000000000000000>>1 = 4000000000000000;
-0x7fffffffffffffff+1 = 8000000000000000; WARP_SZ*2 = 40; -(-42) = 2a;
-(.s64)(0xffffffffffffffff)<0 = 1; 12345678901*12345678901 = 4331a738d433a2f9;
-1-(2-(3-4)) = fffffffffffffffe; 1.5<2.5 = 1; 1.0==1.0 = 1; 2.0*3.0>5.5 = 1; 3U-5U>0 = 1;
--7 % 4 = 1; ((0777 * 12345678901)) > -(3 % 0xffffffffffffffff) = 0;
-((0xffffffffffffffff % (0xffffffffffffffff / WARP_SZ)) - (2 - 1 + 100 >> 65)) = ffffffffffffffed;
-100 && ((3 ? 100 : 0x8000000000000000) < 0x7fffffffffffffff << 7) = 0;
-((.u64)(5U << 0xffffffff) | (3 >> 63 * (5U > 0xffffffff))) = 8000000000000003;
-0x7fffffffffffffff ^ (0 - 3) >> (65 - (0x8000000000000000 && 5U)) = 8000000000000002
-"""
-
-
-@pytest.mark.parametrize("row", EXPRESSIONS.split(";"), ids=str.strip)
-def test_constant_expressions_as_ptxas(row: str) -> None:
-    text, expected = row.rsplit(" = ", 1)
-    value = immediate(text.strip()).value
-    assert isinstance(value, int)
-    assert value % 2**64 == int(expected, 16)
-    assert variable(f".global .u64 v = {text};").initial == (value % 2**64).to_bytes(8, "little")
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["089", "3u", "0x", "0f3F80", "1+", "(1", "1)", "1 2", "1/0", "5%0", "1.0%2.0", "~1.0",
-     "1.5<<2", "1.0&2.0", "!2.0", "1.0?2:3", "1?2", "0x10000000000000000", "1.0/0.0", "", "*3",
-     "-" * 3000 + "1"],
-)  # fmt: skip
-def test_bad_constants(text: str) -> None:
-    with pytest.raises(PTXSyntaxError, match="PTX line 9: expected "):
-        immediate(text)
-
-
 # Calls, branches
-
-
-CALLED = """
-.func (.reg .u32 rv) f(.reg .u32 a, .param .b32 b);
-.func g(.param .b32 a);
-.func h();
-"""
 
 
 @pytest.mark.parametrize(
@@ -408,127 +259,6 @@ def test_registers() -> None:
         "p": "pred", "%q0": "pred", "%q1": "pred", "%q2": "pred", "%s0": "b32", "%s1": "b32",
         "v0.x": "f32", "v0.y": "f32", "v1.x": "f32", "v1.y": "f32",
     }  # fmt: skip
-
-
-# Variables
-
-INITIAL = """
-.b32 v = 1.5 -> 0000c03f
-.b64 v = 0f3f800000 -> 0000803f00000000
-.b64 v = 1.5 -> 000000000000f83f
-.b32 v = 0d3ff8000000000000 -> 0000c03f
-.u8 v = 300 -> 2c
-.s8 v = -1 -> ff
-.u16 v = 0x1fffe -> feff
-.u32 v = 0x1ffffffff -> ffffffff
-.s64 v = -2 -> feffffffffffffff
-.u32 v[2][3] = {{1,2},{3}} -> 010000000200000003000000000000000000000000000000
-.u16 v[2][2][2] = {{{1,2},{3,4}},{{5,6},{7,8}}} -> 01000200030004000500060007000800
-.u32 v[] = {5,(1<<3)+1} -> 0500000009000000
-.u32 v[][2] = {{5,6},{7}} -> 05000000060000000700000000000000
-.v4 .f32 v = {1.0,2.0,3.0,4.0} -> 0000803f000000400000404000008040
-.v2 .u16 v[2] = {{1,2},{3,4}} -> 0100020003000400
-.f64 v = 0f3f8ccccd -> cdcc8c3f00000000
-.f64 v = 1.1 -> 9a9999999999f13f
-.f64 v = 0d7ff0000000000001 -> 010000000000f07f
-.f32 v = 0d3ff1999999999999 -> cdcc8c3f
-.f32 v = -1e300 -> 000080ff
-.f32 v = 1.1 -> cdcc8c3f
-.f32 v = 16777217.0 -> 0000804b
-.f32 v = 0fffc00001 -> 0100c0ff
-.u8 v[] = {0xFF(1000 + 546), 0xFF00(131187)} -> 0a00
-.u32 v[] = {0xFF(1000 + 546), 0xFF0000(131187)} -> 0a00000002000000
-.u32 v[2] = {} -> 0000000000000000
-.f32 v[3] = {1.0+2.5, 1.0/3.0, 2.} -> 00006040abaaaa3e00000040
-.b8 v[4] = {-1, 255, 256, 010} -> ffff0008
-.b16 v[3] = {0x3C00, 1} -> 003c01000000
-.u32 v = WARP_SZ -> 20000000
-"""
-
-
-@pytest.mark.parametrize("row", INITIAL.strip().split("\n"))
-@pytest.mark.parametrize("space", ["global", "const"])
-def test_initial_values_as_ptxas(row: str, space: str) -> None:
-    text, expected = row.split(" -> ")
-    made = variable(f".{space} {text};")
-    assert made.initial is not None
-    assert made.initial.ljust(made.size, b"\0").hex() == expected
-    assert made.addresses == ()
-
-
-def test_addresses_in_initial_values() -> None:
-    before = ".global .u32 x[4]; .func f(); "
-    made = variable(before + ".global .u64 v[4] = {x, generic(x)+4, f, x+(1<<3)};")
-    assert made.initial == bytes(32)
-    assert made.addresses == (
-        (0, 8, "x", 0, False),
-        (8, 8, "x", 4, True),
-        (16, 8, "f", 0, False),
-        (24, 8, "x", 8, False),
-    )
-    assert variable(before + ".global .u32 v = x;").addresses == ((0, 4, "x", 0, False),)
-    masks = ", ".join(f"0xFF{'00' * i}(generic(x)+4)" for i in range(8))
-    made = variable(before + f".global .align 8 .b8 v[12] = {{7, 8, {masks}, 0xff(f)}};")
-    assert made.initial == bytes([7, 8]) + bytes(9)
-    assert made.addresses == ((2, 8, "x", 4, True), (10, 1, "f", 0, False))
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        (".shared .align 16 .b8 v[4224];", ("shared", "b8", 16, 4224, "")),
-        (".extern .shared .align 128 .b8 v[];", ("shared", "b8", 128, 0, "extern")),
-        (".shared .f32 v[2][3][4];", ("shared", "f32", 4, 96, "")),
-        (".const .v4 .f32 v[3];", ("const", "f32", 16, 48, "")),
-        (".visible .global .f64 v;", ("global", "f64", 8, 8, "visible")),
-        (".weak .global .align 2 .b16 v[(1<<2)+1];", ("global", "b16", 2, 10, "weak")),
-        (".common .global .b128 v;", ("global", "b128", 16, 16, "common")),
-        (
-            ".extern .global .attribute(.managed) .align 4 .b8 v[8];",
-            ("global", "b8", 4, 8, "extern"),
-        ),
-        (".global .attribute(.unified(19, 95)) .f16x2 v;", ("global", "f16x2", 4, 4, "")),
-        (".global .texref v;", ("global", "texref", 8, 8, "")),
-        (".global .samplerref v = { addr_mode_0 = wrap };", ("global", "samplerref", 8, 8, "")),
-    ],
-)
-def test_variables(text: str, expected: tuple[object, ...]) -> None:
-    made = variable(text)
-    assert (made.space, made.type, made.align, made.size, made.linkage) == expected
-    assert made.name == "v"
-    assert made.initial is None
-
-
-def test_several_variables_and_redeclarations() -> None:
-    made = module("""
-    .extern .global .u32 x; .extern .global .u32 x;
-    .global .u32 x = 3, y[2] = {1, 2}, z;
-    .extern .global .u32 x;
-    """)
-    assert [(v.name, v.initial, v.linkage) for v in made.variables.values()] == [
-        ("x", b"\3\0\0\0", ""),
-        ("y", b"\1\0\0\0\2\0\0\0", ""),
-        ("z", None, ""),
-    ]
-
-
-def test_variables_of_functions() -> None:
-    made = module(
-        """
-    .global .u32 c;
-    .entry k() { .local .align 8 .b8 depot[24]; .const .u32 c = 7; { .shared .b32 s, t[3]; }
-        mov.u64 %rd, c; .param .b32 p; ret; }
-    """.replace("%rd", "%clock64")
-    )
-    own = made.functions["k"].variables
-    assert [(v.name, v.space, v.align, v.size) for v in own] == [
-        ("depot", "local", 8, 24),
-        ("s", "shared", 4, 4),
-        ("t", "shared", 4, 12),
-        ("p", "param", 4, 4),
-    ]
-    assert made.variables["c#1"].initial == b"\7\0\0\0"
-    assert made.functions["k"].instructions[0].operands[1] == Symbol("c#1")
 
 
 # Functions
@@ -660,157 +390,19 @@ def test_source_lines() -> None:
     assert str(last) == "/a/k.cu:7"
 
 
-# Text that is not PTX
-
-K = ".entry k()\n{\n.reg .b32 %r<4>; .reg .pred %p<2>; .reg .b64 %rd1;\n"  # lines 4 to 6
-WRONG: list[tuple[str, int, str]] = [
-    (".global .u32 x", 4, "';' at the end of this .global variable"),
-    (".global .q32 x;", 4, "a type instead of .q32"),
-    (".global x;", 4, "a type such as .b32"),
-    (".global .u32;", 4, "an operand"),
-    (".global .u32 3x;", 4, "a variable name instead of '3x'"),
-    (".global .align 3 .b8 x;", 4, "a power of two after .align"),
-    (".global .pred x;", 4, "memory can hold"),
-    (".global .u32 x[2][];", 4, "a size for every dimension but the first"),
-    (".global .u32 x[-1];", 4, "a size that is not negative"),
-    (".global .u32 x[2] = {1,2,3};", 4, "at most 2 values instead of 3"),
-    (".global .u32 x[2] = {{1},{2}};", 4, "a value instead of '{'"),
-    (".global .u32 x[2][2] = {1,2};", 4, "'{' before '1'"),
-    (".global .u32 x[2] = 5;", 4, "'{' before '5'"),
-    (".global .u32 x = {5};", 4, "a value instead of '{'"),
-    (".global .u32 x[2] = {5,};", 4, "a constant"),
-    (".global .v2 .f32 x[1] = {{1.0}};", 4, "2 values for a vector instead of 1"),
-    (".global .f32 x = 1;", 4, "a floating-point number instead of '1'"),
-    (".global .u32 x = 0f3f800000;", 4, "an integer instead of"),
-    (".global .b16 x = 1.5;", 4, "an integer instead of"),
-    (".global .f16 x = 1.5;", 4, "no initial value for a variable of type .f16"),
-    (".shared .u32 x = 1;", 4, "only .global and .const variables"),
-    (".global .u64 x = y;", 4, "a declared name instead of 'y'"),
-    (".global .u32 y;\n.global .f32 x = y;", 5, "a variable of type .u32 or .u64"),
-    (".global .u32 y;\n.global .u8 x[2] = {0xFF00(y)};", 5, "the address of y in order"),
-    (".global .u32 y;\n.global .u32 x = 0xFF(y);", 5, "a .b8 variable"),
-    (".global .u32 y;\n.global .u8 x[2] = {0xFF(y), 0xFF0000(y)};", 5, "in order"),
-    (".global .u32 x;\n.global .u32 x;", 5, "x is declared already"),
-    (".func f(); .global .u32 f;", 4, "f is declared already"),
-    (".globl .u32 x;", 4, "instead of '.globl'"),
-    ("foo", 4, "a directive"),
-    (".visible foo", 4, "a directive after the linkage"),
-    (".alias f, g;", 4, "two names"),
-    (".entry k( {}", 4, "'{' before the body of k, or ';'"),
-    (".entry 3() {}", 4, "the name of a function"),
-    (".entry k(.global .u32 x) {}", 4, "'.param' or '.reg' instead of"),
-    (".entry k(.param .u32 x, .param .u32 x) {}", 4, "x is declared already"),
-    (".entry k() .maxtid 3 {}", 4, "instead of '.maxtid'"),
-    (".entry k()", 4, "the body of k, or ';'"),
-    (".entry k() {}\n.entry k() {}", 5, "it has one already"),
-    (".func k();\n.entry k() {}", 5, "k is declared already"),
-    (K + "ret;", 5, "'}' to close this block"),
-    (K + "{ ret;\n}", 5, "'}' to close this block"),
-    (K + "add.s32 %r1, %r2, %r3\nadd.s32 %r1, %r2, %r3;\n}", 7, "';' at the end of this line"),
-    (K + "ret\n}", 7, "';' after this instruction"),
-    (K + "ret\n}\n.entry j() { ret; }", 7, "';' at the end of this line"),
-    (K + "\nmov.u32 %r1, %r9;\n}", 8, "a declared name instead of '%r9'"),
-    (K + "mov.u32 %r1, foo; }", 7, "a declared name instead of 'foo'"),
-    (K + "mov.u32 %r1, foo.x; }", 7, "a declared name instead of 'foo'"),
-    (K + "mov.u32 %r1, %tidx; }", 7, "a declared name instead of '%tidx'"),
-    (K + "bra L; }", 7, "a declared name instead of 'L'"),
-    (K + "{ L: } bra L; }", 7, "a declared name instead of 'L'"),
-    (K + "bra %rd1; }", 7, "a label"),
-    (K + "bra k; }", 7, "a label"),
-    (K + "bra; }", 7, "a label"),
-    (K + "L: brx.idx %r1, L; }", 7, "a name of .branchtargets"),
-    (K + "t: .branchtargets k; brx.idx %r1, t; }", 7, "a label instead of 'k'"),
-    (K + "call; }", 7, "an operand"),
-    (K + "call (%r1); }", 7, "the function to call"),
-    (K + "call 3; }", 7, "a function or a register"),
-    (K + "call k, (%r1), k, k; }", 7, "';' instead of 'k'"),
-    (K + "L: L: ret; }", 7, "L is declared already in this block"),
-    (K + ".reg .b32 %r3; ret; }", 7, "%r3 is declared already in this block"),
-    (K + ".reg .b32 x<2000000>; ret; }", 7, "at most 1048576 registers"),
-    (K + ".reg .b32 3; ret; }", 7, "a register name instead of '3'"),
-    (K + ".reg .e5m2 x; ret; }", 7, "a type instead of .e5m2"),
-    (K + ".maxntid 3; ret; }", 7, "instead of .maxntid"),
-    (K + ".loc 1 2;\nret; }", 7, "instead of .loc"),
-    (K + ".loc 3 2 1\nret; }", 7, "the number of a .file instead of 3"),
-    (K + "@%r9 ret; }", 7, "a predicate register instead of '%r9'"),
-    (K + "@k ret; }", 7, "a predicate register instead of 'k'"),
-    (K + "@1 ret; }", 7, "an instruction, a label or a directive"),
-    (K + "add.s32 %r1,, %r2; }", 7, "single commas"),
-    (K + "add.s32 %r1, %r2,; }", 7, "operand"),
-    (K + "ld.global.u32 %r1, [%rd1; }", 7, "']'"),
-    (K + "ld.global.u32 %r1, %rd1]; }", 7, "a constant"),
-    (K + "ld.global.u32 %r1, [%rd1)]; }", 7, "no ')'"),
-    (K + "ld.global.u32 %r1, []; }", 7, "an operand"),
-    (K + "ld.global.u32 %r1, [%rd1*4]; }", 7, "a constant"),
-    (K + "ld.global.u32 %r1, [%rd1+1.5]; }", 7, "an integer"),
-    (K + "mov.b64 {%r1, %r2, %rd1; }", 7, "'}'"),
-    (K + "mov.b64 {}, %rd1; }", 7, "an operand"),
-    (K + "setp.eq.s32 %p1|k, %r1, 0; }", 7, "two registers in"),
-    (K + "mov.u32 %r1, k[2]; }", 7, "an address such as [k+8] instead of 'k[2]'"),
-    (K + "mov.u32 %r1, 1;; }", 7, "an instruction, a label or a directive"),
-    (K + "/* ret; }", 7, "'*/' to end this comment"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("text", "line", "expected"), WRONG, ids=[w[0] for w in WRONG])
-def test_errors_name_the_line_and_what_was_expected(text: str, line: int, expected: str) -> None:
-    with pytest.raises(PTXSyntaxError) as caught:
-        module(text)
-    first, shown = str(caught.value).split("\n")
-    assert first.startswith(f"PTX line {line}: expected ")
-    assert expected in first
-    lines = (HEADER + text).split("\n")
-    assert shown == f"    {lines[line - 1].strip()}"
-
-
-@pytest.mark.parametrize(
-    ("text", "line", "expected"),
-    [
-        ("", 1, "'.version'"),
-        ("hello", 1, "'.version'"),
-        (".target sm_90\n", 1, "'.version' first"),
-        (".version eight\n", 1, "a version such as 8.7"),
-        (".version 8.7\n\n", 3, "'.target'"),
-        (".version 8.7\n.address_size 64", 2, "'.target' after"),
-        (".version 8.7\n.target gfx90", 2, "a target such as sm_90a"),
-        (".version 8.7\n.target sm_90b", 2, "a target such as sm_90a"),
-    ],
-)
-def test_errors_in_the_header(text: str, line: int, expected: str) -> None:
-    with pytest.raises(PTXSyntaxError) as caught:
-        parse(text)
-    assert str(caught.value).startswith(f"PTX line {line}: expected {expected}")
-
-
-def test_damaged_text_never_raises_anything_else() -> None:
-    text = (
-        HEADER
-        + CALLED
-        + """
-    .global .u32 arr[4] = {1, 0x10, -3}; .global .u64 ptrs[2] = {generic(arr)+4, arr};
-    .const .f32 rows[2][2] = {{1.0, 0f40000000}, {.5, 1e3}};
-    .global .u8 packed[9] = {7, 0xFF(arr), 0xFF00(arr), 0xFF0000(arr), 0xFF000000(arr)};
-    .visible .entry k(.param .u64 .ptr .global .align 16 a) .maxntid 128, 1, 1 .pragma "x;y";
-    { .reg .pred p, q<3>; .reg .b32 %r<8>; .reg .v2 .f32 v; .reg .b64 %rd<8>;
-    .loc 1 3 4, function_name $S, inlined_at 1 2 1
-    ts: .branchtargets L1, L2; @!p brx.idx.uni %r1, ts;
-    L1: { .reg .b32 p; L: mov.u32 p, (1<<3)+4; bra L; }
-    { .param .b32 s0; call.uni (%r1), f, (%r2, s0); }
-    call (%r1), %rd3, (%r2), pr; pr: .callprototype (.reg .u32 _) _ (.reg .u32 _);
-    L2: setp.lt.and.s32 p|q0, %r1, -7, !q1; ld.global.v2.f32 v, [%rd1+-8]; mov.f32 v.x, 0f3F800000;
-    cp.async.bulk.tensor.2d [arr+128], [%rd1, {%r1, 0}], [%r3]; // done
-    ret; } .file 1 "a.cu" .section .debug_str { $S: .b8 95,90,0 }"""
-    )
-    assert len(parse(text).functions["k"].instructions) == 10
-    rng = random.Random(0)
-    refused = 0
-    for _ in range(1000):
-        at, length = rng.randrange(len(text)), rng.choice([1, 1, 2, 5, 30])
-        put = rng.choice(
-            ["", "", text[at : at + length] * 2, rng.choice(';,{}()[]@:.|!%+-<>0x"/*#=')]
-        )
-        try:
-            parse(text[:at] + put + text[at + length :])
-        except PTXSyntaxError:
-            refused += 1
-    assert 500 < refused < 1000
+def test_inlining_is_told_function_by_function() -> None:
+    body = """{
+    .loc 1 2 1, function_name $a, inlined_at 1 9 1
+    membar.cta;
+    .loc 1 1 1, function_name $a, inlined_at 1 2 1
+    ret; }
+    """
+    second = body.replace("    .loc 1 2 1, function_name $a, inlined_at 1 9 1\n", "")
+    made = module(f'.entry k() {body}\n.entry j() {second}\n.file 1 "k.cu"')
+    first, last = (made.functions[name].instructions[1].source for name in "kj")
+    for line, depth in ((first, 2), (last, 1)):
+        places = []
+        while line is not None:
+            places.append(line.line)
+            line = line.inlined_at
+        assert places == [1, 2, 9][: depth + 1]

@@ -112,7 +112,10 @@ _ALL_BITS = np.arange(1 << 16, dtype=np.uint32)
 
 @cache
 def _half_table(name: str, kind: str, ftz: bool) -> Array:
-    """The nearest results, as bits, of a function of f16 or bf16 for all bits of the operand."""
+    """The nearest results, as bits, of a function of f16 or bf16 for all bits of the operand.
+
+    With `ftz` only results are flushed: of a subnormal operand and of zero ex2 is 1.
+    """
     if kind == "f16":
         values = _ALL_BITS.astype(np.uint16).view(np.float16).astype(np.float64)
         least = 2.0**-14
@@ -120,8 +123,6 @@ def _half_table(name: str, kind: str, ftz: bool) -> Array:
         values = (_ALL_BITS << 16).view(np.float32).astype(np.float64)
         least = 2.0**-126
     with np.errstate(all="ignore"):
-        if ftz:
-            values *= np.abs(values) >= least
         results = _HALF[name](values)
         if kind == "f16":
             bits = results.astype(np.float16).view(np.uint16)

@@ -108,7 +108,7 @@ def _copy(ins: Instruction, env: Env) -> Op:
 
 def _is_predicate(operand: Operand, env: Env) -> bool:
     """Whether the fourth operand is ignore-src rather than src-size."""
-    registers: Mapping[str, str] = getattr(env, "registers", {})
+    registers: Mapping[str, str] = env.registers
     return isinstance(operand, Register) and registers.get(operand.name) == "pred"
 
 

@@ -86,12 +86,13 @@ def fns(ins: Instruction, env: Env) -> Op:
 
 
 def _nth_set_bit(mask: Any, base: Any, offset: Any) -> Any:
-    # Downwards is upwards in the mask reversed. Offset 0 asks for the bit at base itself.
+    # Downwards is upwards in the mask reversed. Offset 0 asks for the bit at base itself. A base
+    # over 31 shifts every bit out.
     down = offset < 0
     start = np.where(down, 31 - base, base)
     mask = np.where(down, _reversed(mask), mask) >> start
     rank = np.maximum(np.abs(offset.astype(np.int64)), 1)
-    found = (np.bitwise_count(mask) >= rank) & (base < 32) & ((offset != 0) | (mask & 1 == 1))
+    found = (np.bitwise_count(mask) >= rank) & ((offset != 0) | (mask & 1 == 1))
     place = start
     for width in (16, 8, 4, 2, 1):
         below = np.bitwise_count(mask & ((1 << width) - 1))

@@ -102,8 +102,6 @@ def sqrt(a: float, mode: str) -> float:
     if not 0 < a < inf:
         return float(np.sqrt(a))
     numerator, denominator = a.as_integer_ratio()
-    # In units of 2**-600 the root has 64 bits or more, and its square is an integer; the last bit
-    # then stands for all that comes after it.
-    square = (numerator << 1200) // denominator
-    root = isqrt(square)
-    return _round(root | (root * root != square), 1 << 600, mode)
+    # A root that is no f64, nor halfway between two, is 2**-108 of it away from all of them, and
+    # 2**-1000 is less than that of any root.
+    return _round(isqrt((numerator << 2000) // denominator), 1 << 1000, mode)

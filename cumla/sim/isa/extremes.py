@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from cumla.sim.isa.floating import NAN, ZERO, Array, Run
-from cumla.sim.isa.rounding import U32, constant
+from cumla.sim.isa.rounding import U32, constant, sum_of_squares
 
 _UFUNCS: dict[tuple[str, bool], Any] = {
     ("min", False): np.fmin,
@@ -32,7 +32,7 @@ def _extreme(name: str, propagate: bool, a: Array, b: Array) -> Array:
         signs = np.bitwise_or if name == "min" else np.bitwise_and
         integer = f"u{plain.itemsize}"
         result = signs(plain.view(integer), ufunc(b, a).view(integer)).view(plain.dtype)
-    total = plain.dot(plain)
+    total = sum_of_squares(plain)
     if total != total:
         result = np.where(plain != plain, NAN if plain.itemsize == 4 else plain, result)
     return result
@@ -55,7 +55,7 @@ def single_extreme(name: str, flags: frozenset[str]) -> Run:
         result = two(np.abs(a), np.abs(b))
         sign = np.bitwise_and(np.bitwise_xor(a.view(U32), b.view(U32)), _SIGN)
         signed = np.bitwise_or(result.view(U32), sign).view(np.float32)
-        total = result.dot(result)
+        total = sum_of_squares(result)
         return signed if total == total else np.where(result != result, result, signed)
 
     return run

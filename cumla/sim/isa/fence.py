@@ -30,7 +30,7 @@ PROXIES = {
     ("async", "shared::cta"),
     ("async", "shared::cluster"),
 }
-# (addresses) of the fence.proxy forms that go one way.
+# Proxy fences that go one way.
 TENSORMAP = "tensormap::generic"
 ASYNC_GENERIC = {
     ("async::generic", "acquire", "sync_restrict::shared::cluster", "cluster"),

@@ -35,6 +35,7 @@ from cumla.sim.isa.rounding import (
     double_to_single,
     flush,
     half_to_single,
+    sum_of_squares,
 )
 from cumla.sim.isa.table import Env, Op, Unsupported, instruction
 from cumla.sim.ptx.syntax import Instruction
@@ -42,6 +43,10 @@ from cumla.sim.ptx.syntax import Instruction
 # From 2**-95 on, an operand below 2**-126 does not change the nearest value to a sum; and a sum
 # that is zero stays that zero.
 _FAR = constant(0x70000000, U32)
+# A subnormal factor times one below 2**20 is below 2**-106, which does not change the nearest
+# value to a sum of 2**-50 or more either, unless the sum is halfway between two f32 without it.
+_FACTORS = 2.0**40  # the sum of their squares
+_RESULT = constant(2.0**-50, np.float32)
 
 
 def _directed_mul(a: Array, b: Array, mode: str) -> Array:
@@ -58,7 +63,7 @@ def _directed_sqrt(a: Array, mode: str) -> Array:
     return canonical(double_to_single(np.sqrt(a, dtype=np.float64), mode))
 
 
-NEAREST: dict[str, Run] = {
+_NEAREST: dict[str, Run] = {
     "add": binary(np.add),
     "sub": binary(np.subtract),
     "mul": binary(np.multiply),
@@ -78,7 +83,7 @@ _DIRECTED: dict[str, Callable[..., Array]] = {
 
 def _arithmetic(name: str, rounding: str, flags: frozenset[str]) -> Run:
     if rounding in ("", "rn"):
-        run = NEAREST[name]
+        run = _NEAREST[name]
     else:
         general = _DIRECTED[name]
 
@@ -86,13 +91,14 @@ def _arithmetic(name: str, rounding: str, flags: frozenset[str]) -> Run:
             return general(*sources, rounding)
 
     if "ftz" in flags:
-        run = _flushing_sum(run) if run in (NEAREST["add"], NEAREST["sub"]) else flushing(run)
+        run = _FLUSHING.get(run, flushing)(run)
     if "sat" in flags:
         run = then(saturate, run)
     return run
 
 
 def _flushing_sum(run: Run) -> Run:
+    """`flushing`, but look at the result alone where that is enough."""
     slow = flushing(run)
 
     def fast(a: Array, b: Array) -> Array:
@@ -100,6 +106,34 @@ def _flushing_sum(run: Run) -> Run:
         return slow(a, b) if any_small(result, _FAR) else result
 
     return fast
+
+
+def _flushing_product(run: Run) -> Run:
+    """`flushing` for mul and fma, but do not look for subnormal factors where none can matter.
+
+    An addend is an f32, so that with a factor that is subnormal no sum is close to halfway.
+    """
+    slow = flushing(run)
+
+    def fast(a: Array, b: Array, *c: Array) -> Array:
+        result = run(a, b, *map(flush, c))
+        if (
+            sum_of_squares(a) < _FACTORS
+            and sum_of_squares(b) < _FACTORS
+            and not np.count_nonzero(np.abs(result) < _RESULT)
+        ):
+            return result
+        return slow(a, b, *c)
+
+    return fast
+
+
+_FLUSHING: dict[Run, Callable[[Run], Run]] = {
+    _NEAREST["add"]: _flushing_sum,
+    _NEAREST["sub"]: _flushing_sum,
+    _NEAREST["mul"]: _flushing_product,
+    _NEAREST["fma"]: _flushing_product,
+}
 
 
 @instruction("add.f32", "sub.f32", "mul.f32")

@@ -28,6 +28,7 @@ from cumla.sim.isa.floating import (
 )
 from cumla.sim.isa.fused import fma_single_odd, odd_sum, pick
 from cumla.sim.isa.rounding import (
+    EXPONENT,
     LARGE,
     SMALLEST_NORMAL,
     U32,
@@ -37,6 +38,7 @@ from cumla.sim.isa.rounding import (
     half_to_single,
     single_to_bf16,
     single_to_half,
+    sum_of_squares,
 )
 from cumla.sim.isa.table import Env, Op, Unsupported, instruction
 from cumla.sim.ptx.syntax import Instruction
@@ -64,7 +66,7 @@ class _Format:
         infinity: its bits.
         least: the smallest normal number.
         cut: bits of f32 that are equal to `tie` in every value halfway between two of this type.
-        exact: a product in f32 with one of these exponent bits is exact; None if all products are.
+        exact: a finite product in f32 with one of these bits is exact; None if all products are.
     """
 
     dtype: Any
@@ -96,7 +98,7 @@ _FORMATS = {
         least=SMALLEST_NORMAL,
         cut=constant(0xFFFF, U32),
         tie=constant(0x8000, U32),
-        exact=constant(0x70000000, U32),
+        exact=EXPONENT,
     ),
 }
 
@@ -107,7 +109,7 @@ def _fma(form: _Format, a: Array, b: Array, c: Array) -> Array:
     if form.exact is not None:
         inside = np.count_nonzero(np.bitwise_and(product.view(U32), form.exact))
         # The sum of squares is finite only if all products are.
-        if inside != product.size or not product.dot(product) < np.inf:
+        if inside != product.size or not sum_of_squares(product) < np.inf:
             return double_to_odd_single(fma_single_odd(a, b, c))
     total = np.add(product, c)
     doubtful = np.flatnonzero(np.bitwise_and(total.view(U32), form.cut) == form.tie)

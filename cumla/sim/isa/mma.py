@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from cumla.sim.cohort import WARP, Cohort
 from cumla.sim.isa.convergence import waits_for_lanes, whole_warps
 from cumla.sim.isa.fused import fma_double
+from cumla.sim.isa.mma_chains import Chain, Link, arrange
 from cumla.sim.isa.mma_forms import KINDS, Form, parse
-from cumla.sim.isa.mma_panels import Chain, Link, Panels, arrange
+from cumla.sim.isa.mma_panels import Panels
 from cumla.sim.isa.table import Env, Op, Unsupported, instruction
 from cumla.sim.ptx.syntax import Instruction, Operand, Sink, Vector
 

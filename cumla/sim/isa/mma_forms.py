@@ -21,7 +21,7 @@ from cumla.sim.isa.table import Unsupported
 from cumla.sim.ptx.syntax import Instruction
 
 Array = NDArray[Any]
-Unpack = Callable[[Array], Array]
+Unpack = Callable[[Array, Array, Array], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,11 @@ class Element:
     span: int = 0
 
     def unpacker(self) -> Unpack:
-        """A function of [...] uint32 registers: [elements of a register, ...] f32."""
+        """A function of [...] uint32 registers and two arrays of [elements of a register, ...].
+
+        It leaves the elements, f32, in the second; for floating-point types the first must be the
+        same memory as uint32, for integers it is any.
+        """
         # Each element to the top of its word: then all are treated alike.
         shifts = [
             np.array(32 - self.width - self.pad - low, np.uint32) for low in range(0, 32, self.room)
@@ -69,8 +73,9 @@ class Element:
         return partial(_floats, shifts, down, mask, scale, limit, self.infinity)
 
 
-def _integers(shifts: list[Array], down: Array, signed: bool, bits: Array) -> Array:
-    planes = np.empty((len(shifts), *bits.shape), np.uint32)
+def _integers(
+    shifts: list[Array], down: Array, signed: bool, bits: Array, planes: Array, values: Array
+) -> None:
     for plane, up in zip(planes, shifts, strict=True):
         np.left_shift(bits, up, plane)
     words = planes.view(np.int32)
@@ -78,18 +83,16 @@ def _integers(shifts: list[Array], down: Array, signed: bool, bits: Array) -> Ar
         np.right_shift(words, down.view(np.int32), words)
     else:
         np.right_shift(planes, down, planes)
-    return words.astype(np.float32)
+    np.copyto(values, words)
 
 
-def _singles(shifts: list[Array], mask: Array, bits: Array) -> Array:
+def _singles(shifts: list[Array], mask: Array, bits: Array, planes: Array, values: Array) -> None:
     """Types that are f32 with a shorter mantissa."""
-    planes = np.empty((len(shifts), *bits.shape), np.uint32)
     for plane, up in zip(planes, shifts, strict=True):
         if up:
             np.left_shift(bits, up, plane)
         else:
             np.bitwise_and(bits, mask, plane)
-    return planes.view(np.float32)
 
 
 def _floats(
@@ -100,8 +103,9 @@ def _floats(
     limit: float,
     infinity: bool,
     bits: Array,
-) -> Array:
-    planes = np.empty((len(shifts), *bits.shape), np.uint32)
+    planes: Array,
+    values: Array,
+) -> None:
     for plane, up in zip(planes, shifts, strict=True):
         np.left_shift(bits, up, plane)
     # The fields go to where f32 has its mantissa and the low end of its exponent, below copies of
@@ -109,7 +113,6 @@ def _floats(
     words = planes.view(np.int32)
     np.right_shift(words, down, words)
     np.bitwise_and(planes, mask, planes)
-    values = planes.view(np.float32)
     np.multiply(values, scale, values)
     flat = values.reshape(-1)
     if np.maximum.reduce(flat) >= limit or np.minimum.reduce(flat) <= -limit:
@@ -117,7 +120,6 @@ def _floats(
         planes[size >= limit] |= NAN_BITS
         if infinity:
             values[size == limit] = np.copysign(np.float32(np.inf), values[size == limit])
-    return values
 
 
 ELEMENTS = {

@@ -6,8 +6,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from cumla.sim.isa.mma import items, mma, panels_op
+from cumla.sim.isa.mma_chains import Chain, Link, arrange
 from cumla.sim.isa.mma_forms import KINDS, parse
-from cumla.sim.isa.mma_panels import Chain, Link, arrange
 from cumla.sim.isa.table import Env, Op
 from cumla.sim.ptx.syntax import Instruction, Operand, Register, Sink
 

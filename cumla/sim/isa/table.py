@@ -7,8 +7,8 @@ called once for each instruction when a kernel is prepared, never while it runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,7 @@ class Env:
         check_memory, check_race: which checks are on.
         count: whether counters are kept.
         delivery: "eager", "late" or "random": when asynchronous copies land.
+        registers: register -> declared type, of the kernel that is being prepared.
     """
 
     target: int
@@ -60,6 +61,7 @@ class Env:
     check_race: bool = False
     count: bool = False
     delivery: str = "eager"
+    registers: Mapping[str, str] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from cumla.sim.ptx.sources import Sources
 from cumla.sim.ptx.syntax import Function, Module, Variable
 
 LINKAGES = frozenset({"extern", "visible", "weak", "common"})
-SPACES = frozenset({"global", "const", "shared", "local", "tex"})
+SPACES = frozenset({"global", "const", "shared", "local"})
 # Directives between the parameters of a function and its body.
 _PERFORMANCE = frozenset(
     {
@@ -118,7 +118,7 @@ class _Parser:
         if word in ("func", "entry"):
             self.function(at, word == "entry", linkage)
         elif word in SPACES:
-            self.variables(at, "global" if word == "tex" else word, linkage)
+            self.variables(at, word, linkage)
         elif word == "address_size":
             self.made.address_size = int(self.expect(_NUMBER, "32 or 64")[1])
         elif word == "pragma":

@@ -13,198 +13,211 @@ import numpy as np
 
 from cumla.sim.cohort import Array
 from cumla.sim.race.clocks import Clocks
+from cumla.sim.race.lanes import Lanes
 from cumla.sim.race.layout import SPECIAL, SPLIT
 from cumla.sim.race.observed import Observations
 from cumla.sim.race.report import Reports, Site
 from cumla.sim.race.shadow import Level, Shadow, ends
 
+_ANYTHING = np.array(1)  # the limit where other blocks may have been: any state counts
+_SPLIT = np.array(SPLIT)
+_STEPS = {k: np.arange(k)[:, None] for k in (1, 2, 3, 4, 6, 8)}
+_WIDEST = 32  # bytes that a lane accesses at most, but for bulk copies
+
+_count = np.count_nonzero
+
 
 class Step:
-    """Lanes that access cells.
+    """An access by lanes.
 
     Attributes:
-        gids, threads: [n] the lanes, and as threads of the launch.
-        values: [n] the state that each would leave.
-        limit: states below it are of accesses that all the lanes know of, however they compare.
+        values: [n] the state that each lane would leave.
+        limit: 0-d; states below it need not be looked at.
     """
 
-    __slots__ = ("gids", "limit", "shadow", "site", "stamp", "threads", "values")
+    __slots__ = ("lanes", "limit", "shadow", "site", "stamp", "values")
 
-    def __init__(
-        self,
-        shadow: Shadow,
-        site: Site,
-        stamp: int,
-        gids: Array,
-        threads: Array,
-        values: Array,
-        limit: int,
-    ) -> None:
+    def __init__(self, shadow: Shadow, site: Site, stamp: int, lanes: Lanes, values: Array) -> None:
         self.shadow = shadow
         self.site = site
         self.stamp = stamp
-        self.gids = gids
-        self.threads = threads
+        self.lanes = lanes
         self.values = values
-        self.limit = limit
+        self.limit = _ANYTHING if shadow.paged else lanes.limit
 
-    def take(self, lanes: Array) -> Step:
-        """The step of some lanes, in any order and number."""
-        return Step(
-            self.shadow,
-            self.site,
-            self.stamp,
-            self.gids[lanes],
-            self.threads[lanes],
-            self.values[lanes],
-            self.limit,
-        )
-
-
-def _any(mask: Array) -> bool:
-    return bool(np.logical_or.reduce(mask, axis=None))
-
-
-def _most(states: Array) -> int:
-    return int(np.maximum.reduce(states, axis=None))
+    def take(self, which: Array) -> Step:
+        """The access by some lanes, in any order and number."""
+        return Step(self.shadow, self.site, self.stamp, self.lanes.take(which), self.values[which])
 
 
 class Accesses:
     """Carries out steps on the levels of a shadow.
 
-    Attributes:
-        clocks: what the lanes know.
+    Cells are [n], or [k, n] where a lane accesses k of them; what is told of lanes, [n],
+    broadcasts to either.
     """
 
     def __init__(self, clocks: Clocks, reports: Reports, stride: int) -> None:
         self.layout = reports.layout
         self.clocks = clocks
-        self.observations = Observations(self.layout, clocks, reports.history)
         self.reports = reports
+        self.observations = Observations(self.layout, clocks, reports.history)
         self.stride = stride
 
     def run(self, step: Step, offsets: Array, nbytes: int) -> None:
         """Access nbytes bytes at the byte offset of each lane."""
-        words = step.shadow.words
-        if nbytes & 3 or nbytes > 32:
+        if nbytes & 3:
             self._run_odd(step, offsets, nbytes)
-            return
-        cells = step.shadow.cells(offsets)
-        if nbytes > 4:
-            cells = cells[:, None] + np.arange(nbytes >> 2)
-        self._do(words, cells, step)
+        elif nbytes == 4:
+            self._do(step.shadow.words, step.shadow.cells(offsets), step)
+        elif nbytes <= _WIDEST:
+            cells = step.shadow.cells(offsets) + _STEPS[nbytes >> 2]
+            self._do(step.shadow.words, cells, step)
+        else:
+            cells = step.shadow.cells(offsets + np.arange(0, nbytes, 4)[:, None])
+            self._do(step.shadow.words, cells, step)
 
     def _run_odd(self, step: Step, offsets: Array, nbytes: int) -> None:
-        words = step.shadow.words
-        if nbytes & 3 == 0:
-            cells = step.shadow.cells(offsets[:, None] + np.arange(0, nbytes, 4))
-            self._do(words, cells, step)
-            return
-        width = 2 if nbytes & 1 == 0 else 1
+        width = 1 if nbytes & 1 else 2
         if nbytes > width:
-            offsets = offsets[:, None] + np.arange(0, nbytes, width)
+            offsets = offsets + np.arange(0, nbytes, width)[:, None]
+        level = step.shadow.words
         cells = step.shadow.cells(offsets)
-        words.divide(cells.reshape(-1))
+        level.divide(cells)
         cells = 2 * cells + (offsets >> 1 & 1)
-        level = words.below
+        level = level.below
         if width == 1:
-            level.divide(cells.reshape(-1))
+            level.divide(cells)
             cells = 2 * cells + (offsets & 1)
             level = level.below
         self._do(level, cells, step)
 
     def _do(self, level: Level, cells: Array, step: Step) -> None:
-        """Access cells, [n] or [n, k]: check, and leave the new state."""
-        values = step.values if cells.ndim == 1 else step.values[:, None]
-        site, limit = step.site, step.limit
+        """Access cells: check, and leave the new state."""
+        layout = self.layout
+        site, values, limit = step.site, step.values, step.limit
         writes = level.writes.take(cells)
-        old = _most(writes) < limit
-        if not old:
-            if level.split and _any(writes >= SPLIT):
-                self._do_divided(level, cells, step)
-                return
-            self._check(level, cells, step, writes, None)
+        written = writes >= limit
+        recent = _count(written) != 0
+        if recent:
+            if level.split:
+                divided = writes >= _SPLIT
+                if _count(divided):
+                    level.unite(cells[divided], limit)
+                    writes = level.writes.take(cells)
+                    divided = writes >= _SPLIT
+                    if _count(divided):
+                        self._do_divided(level, cells, step, divided)
+                        return
+                    written = writes >= limit
+            self._check(level, cells, step, writes, written, None)
         reads = level.reads.take(cells)
+        read = reads >= limit
         if site.writes:
-            if _most(reads) >= limit:
-                self._check(level, cells, step, reads, writes)
-            if site.strength and not old:
-                values = self._together(level, cells, step, writes, values, None)
-            level.writes[cells] = values
+            if _count(read):
+                self._check(level, cells, step, reads, read, writes)
+            if site.strength and recent:
+                values = self._together(level, cells, step, writes, written, None)
             states = level.writes
         else:
-            if _most(reads) >= limit:
-                values = self._together(level, cells, step, reads, values, None if old else writes)
-            level.reads[cells] = values
+            found = _count(read)
+            if found:
+                if found == read.size and not site.strength:
+                    # What many lanes read over and over: there is nothing to decide.
+                    flags = layout.many_cross if step.shadow.paged else layout.many_flag
+                    if _count((reads & flags) == flags) == found:
+                        level.log.add(step.stamp, cells, values)
+                        level.reads[cells] = values | flags
+                        return
+                values = self._together(level, cells, step, reads, read, writes if recent else None)
             states = level.reads
+        states[cells] = values
         left = states.take(cells)
         clash = left != values
-        if _any(clash):
+        if _count(clash):
             self._clash(level, cells, step, states, left, values, clash)
 
-    def _do_divided(self, level: Level, cells: Array, step: Step) -> None:
-        flat = cells.reshape(-1)
-        divided = level.writes.take(flat) >= SPLIT
-        level.unite(flat[divided], step.limit)
-        divided = level.writes.take(flat) >= SPLIT
-        lane = np.arange(flat.shape[0]) // (flat.shape[0] // cells.shape[0])
-        at = np.flatnonzero(divided)
+    def _do_divided(self, level: Level, cells: Array, step: Step, divided: Array) -> None:
+        flat, divided = cells.reshape(-1), divided.reshape(-1)
+        at = divided.nonzero()[0]
+        part = step.take(at % cells.shape[-1])
+        halves = 2 * flat[at]
+        self._do(level.below, np.stack([halves, halves + 1]), part)
+        if step.site.writes and not step.site.strength:
+            level.writes[flat[at]] = part.values
+        at = (~divided).nonzero()[0]
         if at.shape[0]:
-            part = step.take(lane[at])
-            halves = 2 * flat[at]
-            self._do(level.below, np.stack([halves, halves + 1], axis=-1), part)
-            if step.site.writes and not step.site.strength:
-                level.writes[flat[at]] = part.values
-        at = np.flatnonzero(~divided)
-        if at.shape[0]:
-            self._do(level, flat[at], step.take(lane[at]))
+            self._do(level, flat[at], step.take(at % cells.shape[-1]))
+
+    def _unordered(self, states: Array, mask: Array, step: Step) -> Array:
+        """Of the states where mask is true, those that are not known at a glance.
+
+        Known is what the lane did itself, and what its warp or block did before it last met.
+        """
+        layout, lanes = self.layout, step.lanes
+        apart = states ^ lanes.threads
+        need = (apart & layout.not_own) != 0
+        need &= mask
+        if lanes.warp_limits is not None and _count(need):
+            near = (apart & layout.warp_alone) == 0
+            near &= states < lanes.warp_limits
+            need &= ~near
+        if (step.shadow.paged or not lanes.even) and _count(need):
+            near = (apart & layout.block_alone) == 0
+            near &= states < lanes.limits
+            need &= ~near
+        return need
 
     def _check(
-        self, level: Level, cells: Array, step: Step, states: Array, writes: Array | None
+        self,
+        level: Level,
+        cells: Array,
+        step: Step,
+        states: Array,
+        mask: Array,
+        writes: Array | None,
     ) -> None:
         """Find conflicts with states: last writes, or, where writes has those, last reads."""
         layout, site = self.layout, step.site
-        states = states.reshape(-1)
-        each = states.shape[0] // cells.shape[0]
-        at = np.flatnonzero(states >= step.limit)
-        states = states[at]
-        lane = at // each if each > 1 else at
-        threads = step.threads[lane]
-        apart = states ^ threads
-        # Done with: the thread's own, what the block's last barrier ordered, what may race.
-        need = (apart & (layout.threads | layout.many | layout.pending)) != 0
-        near = ((apart & layout.threads) >> layout.local_bits == 0) & (states & layout.cross == 0)
-        floor = (self.clocks.block.take(step.gids[lane]) + 1) << layout.stamp_shift
-        need &= ~(near & (states < floor))
-        if site.strength:
-            strength = np.minimum(
-                (states & layout.strengths) >> layout.strength_shift, site.strength
-            )
-            need &= ~((strength == 2) | ((strength == 1) & near))
+        need = self._unordered(states, mask, step)
+        if not _count(need):
+            return
+        at = need.reshape(-1).nonzero()[0]
+        states = states.reshape(-1)[at]
+        lane = at % cells.shape[-1]
+        threads = step.lanes.threads[lane]
+        keep = ~self._exempt(states, threads, site.strength)
+        ended = None
         if writes is not None:
             last = writes.reshape(-1)[at]
-            need &= ~(ends(last, layout) & (states & layout.stamps <= last & layout.stamps))
-        if not _any(need):
+            ended = np.where(ends(last, layout), last & layout.stamps, 0)
+            keep &= states & layout.stamps > ended
+            ended = ended[keep]
+        if not _count(keep):
             return
-        some = np.flatnonzero(need)
-        at, states, lane, threads = at[some], states[some], lane[some], threads[some]
-        gids = step.gids[lane]
-        stamps = (states & layout.stamps) >> layout.stamp_shift
+        at, states, lane, threads = at[keep], states[keep], lane[keep], threads[keep]
+        gids, cells = step.lanes.gids[lane], cells.reshape(-1)[at]
         many = states & layout.many != 0
         bad = (states & layout.pending != 0) & ~many
-        rest = np.flatnonzero(~many & ~bad)
+        rest = (~many & ~bad).nonzero()[0]
         if rest.shape[0]:
-            others = states[rest] & layout.threads
-            bad[rest] = ~self.clocks.known(gids[rest], others, stamps[rest])
-        cells = cells.reshape(-1)[at]
-        if _any(bad):
+            stamps = (states[rest] & layout.stamps) >> layout.stamp_shift
+            bad[rest] = ~self.clocks.known(gids[rest], states[rest] & layout.threads, stamps)
+        if _count(bad):
             self._report(level, cells[bad], states[bad], gids[bad], threads[bad], step)
-        if _any(many):
-            ended = None
-            if writes is not None:
-                last = writes.reshape(-1)[at[many]]
-                ended = np.where(ends(last, layout), last & layout.stamps, 0)
+        if _count(many):
+            if ended is not None:
+                ended = ended[many]
             self._consult(level, cells[many], gids[many], threads[many], step, ended)
+
+    def _exempt(self, states: Array, threads: Array, strength: int) -> Array:
+        """Which accesses may be at the same time as one of this strength by these threads."""
+        layout = self.layout
+        if not strength:
+            return np.zeros(states.shape, np.bool_)
+        least = np.minimum((states & layout.strengths) >> layout.strength_shift, strength)
+        near = ((states ^ threads) & layout.block_alone) == 0
+        return (least == 2) | ((least == 1) & near)
 
     def _consult(
         self,
@@ -218,36 +231,19 @@ class Accesses:
         """Find conflicts with logged reads newer than ended; where that is None, with writes."""
         layout = self.layout
         kind = layout.write if ended is None else 0
-        shift = 0
-        up: Level | None = level
-        for up in self._above(step.shadow, level):
-            i, states = up.log.find(cells >> shift, up.writes, layout)
-            shift += 1
+        for shift, above in enumerate(step.shadow.above(level)):
+            i, states = above.log.find(cells >> shift, above.writes, layout)
             mine = threads[i]
             need = ((states & layout.write) == kind) & ((states ^ mine) & layout.threads != 0)
             if ended is not None:
                 need &= states & layout.stamps > ended[i]
-            if step.site.strength:
-                strength = np.minimum(
-                    (states & layout.strengths) >> layout.strength_shift, step.site.strength
-                )
-                near = ((states ^ mine) & layout.threads) >> layout.local_bits == 0
-                need &= ~((strength == 2) | ((strength == 1) & near))
-            some = np.flatnonzero(need)
-            if not some.shape[0]:
-                continue
-            i, states = i[some], states[some]
+            need &= ~self._exempt(states, mine, step.site.strength)
+            i, states = i[need], states[need]
             stamps = (states & layout.stamps) >> layout.stamp_shift
             bad = ~self.clocks.known(gids[i], states & layout.threads, stamps)
             i, states = i[bad], states[bad]
             if i.shape[0]:
                 self._report(level, cells[i], states, gids[i], threads[i], step)
-
-    @staticmethod
-    def _above(shadow: Shadow, level: Level) -> list[Level]:
-        """The level and those above it: what was logged before a cell was divided counts."""
-        levels = shadow.words.levels()
-        return levels[levels.index(level) :: -1]
 
     def _together(
         self,
@@ -255,43 +251,33 @@ class Accesses:
         cells: Array,
         step: Step,
         states: Array,
-        values: Array,
+        mask: Array,
         writes: Array | None,
     ) -> Array:
-        """The states that stand for these and for the accesses that values are of."""
-        layout, site = self.layout, step.site
-        gids, threads = step.gids, step.threads
-        if cells.ndim > 1:
-            gids, threads = gids[:, None], threads[:, None]
-        apart = states ^ threads
+        """The states that stand for the new accesses and for these, where mask is true."""
+        layout, strength, values = self.layout, step.site.strength, step.values
         # The new access stands for the old one if it is ordered after it, and if whatever
         # conflicts with the old one conflicts with it.
-        same = (apart & (layout.threads | layout.many | layout.pending)) == 0
-        floor = (self.clocks.block.take(gids) + 1) << layout.stamp_shift
-        near = ((apart & layout.threads) >> layout.local_bits == 0) & (states & layout.cross == 0)
-        known = near & (states < floor)
-        strength = (states & layout.strengths) >> layout.strength_shift
-        if site.strength:
-            weaker = strength < site.strength
-            same &= ~weaker
-            if step.shadow.paged:
-                known &= ~weaker
-        merge = ~(same | known) & (states != 0) & (states & layout.pending == 0)
+        merge = self._unordered(states, mask, step)
+        if strength:
+            before = (states & layout.strengths) >> layout.strength_shift
+            merge |= mask & (before < strength)
+            merge &= states & layout.pending == 0
         if writes is not None:
             merge &= ~(ends(writes, layout) & (states & layout.stamps <= writes & layout.stamps))
-        if not _any(merge):
+        if not _count(merge):
             return values
-        together = values | layout.many
-        if step.shadow.paged:
-            together = together | np.where(near, 0, layout.cross)
-        if site.strength:
-            least = np.minimum(strength, site.strength) << layout.strength_shift
-            together = (together & ~layout.strengths) | least
-        together = together | (states & SPECIAL)
-        single = merge & (states & layout.many == 0)
-        if _any(single):
-            level.log.add(step.stamp - 1, cells[single], states[single])
+        if _count(merge & ((states & layout.many_flag) == 0)):
+            level.log.add(step.stamp - 1, cells, states)
         level.log.add(step.stamp, cells, values)
+        flags = np.multiply(merge, layout.many_flag)
+        if step.shadow.paged:
+            apart = ((states ^ step.lanes.threads) & layout.block_alone) != 0
+            flags |= np.multiply(apart & merge, layout.cross_flag)
+        if not strength:
+            return values | flags
+        least = np.minimum(before, strength) << layout.strength_shift
+        together = (values & ~layout.strengths) | least | flags | (states & SPECIAL)
         return np.where(merge, together, values)
 
     def _clash(
@@ -306,21 +292,22 @@ class Accesses:
     ) -> None:
         """Lanes of the step met at a cell: left has the states of those that prevailed."""
         layout, site = self.layout, step.site
-        shape = cells.shape
-        values = np.broadcast_to(values, shape)[clash]
-        left, at = left[clash], cells[clash]
-        far = ((left ^ values) & layout.threads) >> layout.local_bits != 0
+        at, lane = cells[clash], clash.nonzero()[-1]
+        values = np.broadcast_to(values, cells.shape)[clash]
+        left = left[clash]
+        far = ((left ^ values) & layout.blocks) != 0
         if site.writes and site.strength < 2:
-            bad = far if site.strength else np.ones(at.shape[0], np.bool_)
-            if _any(bad):
-                lane = np.nonzero(clash)[0][bad]
-                self._report(level, at[bad], left[bad], step.gids[lane], step.threads[lane], step)
-        if site.writes and not site.strength:
-            return
+            bad = far if site.strength else np.ones(far.shape, np.bool_)
+            if _count(bad):
+                gids, threads = step.lanes.gids[lane[bad]], step.lanes.threads[lane[bad]]
+                self._report(level, at[bad], left[bad], gids, threads, step)
+            if not site.strength:
+                return
         states[at] = left | layout.many
         # Of the lanes that lost at a cell, one may be of the winner's block and one not.
-        states[at[far]] |= layout.cross
-        level.log.add(step.stamp, cells, step.values if len(shape) == 1 else step.values[:, None])
+        if _count(far):
+            states[at[far]] |= layout.cross
+        level.log.add(step.stamp, cells, step.values)
 
     def _report(
         self,
@@ -332,13 +319,10 @@ class Accesses:
         step: Step,
     ) -> None:
         shadow = step.shadow
-        seen = self.observations.cover(self._above(shadow, level), cells, states, gids)
-        if _any(seen):
-            fresh = ~seen
-            if not _any(fresh):
-                return
-            cells, states = cells[fresh], states[fresh]
-            gids, threads = gids[fresh], threads[fresh]
+        fresh = ~self.observations.cover(shadow.above(level), cells, states, gids)
+        if not _count(fresh):
+            return
+        cells, states, gids, threads = cells[fresh], states[fresh], gids[fresh], threads[fresh]
         offsets = shadow.offsets(level, cells)
         if not shadow.paged:
             offsets = offsets - gids // self.clocks.threads.lanes * self.stride

@@ -83,6 +83,11 @@ class Clocks:
         self.copies = False
         self._rowed = False  # some lane may have a row
 
+    @property
+    def plain(self) -> bool:
+        """Whether `block` and `warp` tell all that is known."""
+        return not self._rowed and self.abroad is None
+
     def known(self, gids: Array, threads: Array, stamps: Array) -> Array:
         """[n] bool: whether lane gids[i] knows what threads[i] did up to stamps[i]."""
         layout = self.threads.layout
@@ -263,19 +268,18 @@ class Clocks:
         high = np.maximum.reduceat(numbers, starts)
         data = self.rows.data
         rows = data[low]
-        if (low != high).any():
+        if np.count_nonzero(low != high):
             if ((numbers == groups.spread(low)) | (numbers == groups.spread(high))).all():
                 np.maximum(rows, data[high], out=rows)
             else:
                 rows = np.maximum.reduceat(data[numbers], starts, axis=0)
         lanes = self.threads.lanes
         local = self.threads.local[gids]
-        group = np.repeat(np.arange(starts.shape[0]), groups.counts)
-        block = self.block[gids]
-        floor = np.maximum.reduceat(block, starts).astype(np.int32)
+        group = groups.numbers()
+        floor = np.maximum.reduceat(self.block[gids], starts).astype(np.int32)
         np.maximum(rows[:, :lanes], floor[:, None], out=rows[:, :lanes])
         warp = self.warp[gids]
-        if (warp > block).any():
+        if np.count_nonzero(warp):
             runs = Groups.runs(gids, group, local >> 5)
             floor = np.maximum.reduceat(warp, runs.starts).astype(np.int32)[:, None]
             at = group[runs.starts][:, None]

@@ -11,7 +11,7 @@ from cumla.sim.ptx.syntax import Instruction
 from cumla.sim.race.access import Accesses, Step
 from cumla.sim.race.clocks import Clocks, Rows
 from cumla.sim.race.copies import Agents, Copy, pending
-from cumla.sim.race.lanes import Groups, Threads
+from cumla.sim.race.lanes import Groups, Lanes, Threads
 from cumla.sim.race.layout import SPECIAL, Layout
 from cumla.sim.race.order import MemoryOrder, Places
 from cumla.sim.race.report import History, Race, Reports, Site
@@ -20,6 +20,9 @@ from cumla.sim.race.shadow import Shadow
 if TYPE_CHECKING:
     from cumla.sim.wave import Wave
 
+_LANES_KEPT = 64
+_LOG_SHORT = 1 << 12
+_ALL_LANES = 0xFFFFFFFF
 _LOG_LIMIT = 1 << 23  # entries of a log: 16 bytes each
 
 
@@ -57,7 +60,8 @@ class RaceDetector:
         self._agents = Agents(self._layout)
         self._shared = Shadow("shared", slots * wave.shared_stride, _LOG_LIMIT)
         self._accesses = Accesses(clocks, self._reports, wave.shared_stride)
-        self._last: tuple[Array | None, Array, int] = (None, threads.thread, 0)
+        self._lanes: dict[int, Lanes] = {}
+        self._warps_met = False
 
     def races(self) -> list[Race]:
         """What was found so far, one race for each pair of instructions."""
@@ -92,16 +96,23 @@ class RaceDetector:
             self._order.access(space, offset, cohort.gids, site)
 
     def _step(self, gids: Array, shadow: Shadow, site: Site) -> Step:
-        known, threads, limit = self._last
-        if known is not gids:
-            threads = self._threads.thread.take(gids)
-            floor = int(np.minimum.reduce(self._clocks.block.take(gids)))
-            limit = (floor + 1) << self._layout.stamp_shift
-            self._last = (gids, threads, limit)
-        value = self._history.begin(site)
-        if shadow.paged:
-            limit = 1
-        return Step(shadow, site, self._history.now, gids, threads, threads | value, limit)
+        lanes = self._lanes.get(id(gids))
+        if lanes is None or lanes.gids is not gids:
+            lanes = self._new_lanes(gids)
+        state = self._history.begin(site)
+        return Step(shadow, site, self._history.now, lanes, lanes.threads | state)
+
+    def _new_lanes(self, gids: Array) -> Lanes:
+        shift = self._layout.stamp_shift
+        limits = self._clocks.block.take(gids) + 1 << shift
+        least = np.minimum.reduce(limits)
+        even = bool(least == np.maximum.reduce(limits))
+        warps = self._clocks.warp.take(gids) + 1 << shift if self._warps_met else None
+        threads = self._threads.thread.take(gids)
+        if len(self._lanes) > _LANES_KEPT:
+            self._lanes.clear()
+        lanes = self._lanes[id(gids)] = Lanes(gids, threads, np.array(least), limits, warps, even)
+        return lanes
 
     def _run(self, step: Step, offset: Array, nbytes: int) -> None:
         try:
@@ -116,34 +127,51 @@ class RaceDetector:
         """The lanes, ascending, met at a barrier of their blocks."""
         self._order.barrier(gids)
         lanes = self._layout.lanes
-        groups = Groups.runs(gids, gids // lanes)
-        self._meet_blocks(groups, self._whole(groups, lanes))
+        if not self._met_quickly(gids, lanes):
+            groups = Groups.runs(gids, gids // lanes)
+            self._meet(groups, self._whole(groups, lanes), lanes)
+        self._lanes.clear()
+        self._shorten_logs()
 
     def warp_sync(self, cohort: Cohort, membermask: Array) -> None:
         """Lanes of one warp that are here and have the same mask meet, as in bar.warp.sync."""
         gids = cohort.gids
-        if membermask.shape[0] > 1:
+        self._warps_met = True
+        self._lanes.clear()
+        if membermask.shape[0] == 1:
+            full = cohort.whole and int(membermask[0]) == _ALL_LANES
+            if full and self._met_quickly(gids, WARP):
+                return
+            groups = Groups.runs(gids, gids >> 5)
+        else:
             by = np.lexsort((membermask, gids >> 5))
             gids = gids[by]
             groups = Groups.runs(gids, gids >> 5, membermask[by])
-        else:
-            groups = Groups.runs(gids, gids >> 5)
-        whole = self._whole(groups, WARP)
-        if self._layout.lanes == WARP:
-            self._meet_blocks(groups, whole)
-        else:
-            self._meet(groups, whole, WARP)
+        self._meet(groups, self._whole(groups, WARP), WARP)
+
+    def _met_quickly(self, gids: Array, size: int) -> bool:
+        """Do a meeting of whole blocks or whole warps, if it is one of the simple ones."""
+        clocks = self._clocks
+        if not clocks.plain or self._order.flows:
+            return False
+        if size == WARP and self._layout.lanes != WARP:
+            clocks.warp[gids] = self._history.now
+            return True
+        lanes = self._layout.lanes
+        first, end = int(gids[0]) // lanes * lanes, (int(gids[-1]) // lanes + 1) * lanes
+        if np.count_nonzero(self._wave.live[first:end]) != gids.shape[0]:
+            return False
+        clocks.block[first:end] = self._history.now
+        return True
+
+    def _shorten_logs(self) -> None:
+        if self._shared.logged() > _LOG_SHORT and self._wave.live.any():
+            self._shared.drop(int(self._clocks.block[self._wave.live].min()))
 
     def _whole(self, groups: Groups, size: int) -> Array:
         """Which groups are all the lanes that have not exited of a block or warp of this size."""
         live = self._wave.live.reshape(-1, size).sum(axis=1)
         return live[groups.gids[groups.starts] // size] == groups.counts
-
-    def _meet_blocks(self, groups: Groups, whole: Array) -> None:
-        self._meet(groups, whole, self._layout.lanes)
-        self._last = (None, *self._last[1:])
-        if self._shared.logged() and self._wave.live.any():
-            self._shared.drop(int(self._clocks.block[self._wave.live].min()))
 
     def _meet(self, groups: Groups, whole: Array, size: int) -> None:
         """Groups of lanes meet; a whole one together with the lanes that have exited."""
@@ -192,8 +220,10 @@ class RaceDetector:
 
     def _by_key(self, gids: Array, keys: Array | int) -> tuple[Groups, list[int]]:
         blocks = gids // self._layout.lanes
-        keys = np.broadcast_to(np.asarray(keys, np.int64), gids.shape)
-        if (keys[1:] < keys[:-1]).any():
+        if isinstance(keys, int):
+            groups = Groups.runs(gids, blocks)
+            return groups, [keys] * groups.starts.shape[0]
+        if np.count_nonzero(keys[1:] < keys[:-1]):
             by = np.argsort(keys, kind="stable")
             gids, keys, blocks = gids[by], keys[by], blocks[by]
         groups = Groups.runs(gids, keys, blocks)

@@ -27,6 +27,49 @@ class Threads:
         self.thread = (self.block << layout.local_bits) | self.local
 
 
+class Lanes:
+    """Lanes that make accesses, as long as they know no more.
+
+    Attributes:
+        gids, threads: [n] the lanes, and as threads of the launch.
+        limit: 0-d; states below it, in memory that only their blocks use, are of accesses that
+            all of them know of.
+        limits: [n] states below, of threads of the lane's block, are of accesses that it knows.
+        warp_limits: likewise of threads of its warp; None while no warp has met by itself.
+        even: all limits are equal.
+    """
+
+    __slots__ = ("even", "gids", "limit", "limits", "threads", "warp_limits")
+
+    def __init__(
+        self,
+        gids: Array,
+        threads: Array,
+        limit: Array,
+        limits: Array,
+        warp_limits: Array | None,
+        even: bool,
+    ) -> None:
+        self.gids = gids
+        self.threads = threads
+        self.limit = limit
+        self.limits = limits
+        self.warp_limits = warp_limits
+        self.even = even
+
+    def take(self, which: Array) -> Lanes:
+        """Some lanes, in any order and number."""
+        warps = None if self.warp_limits is None else self.warp_limits[which]
+        return Lanes(
+            self.gids[which],
+            self.threads[which],
+            self.limit,
+            self.limits[which],
+            warps,
+            self.even,
+        )
+
+
 class Groups:
     """Lanes in consecutive groups: gids[starts[i] : starts[i] + counts[i]] is group i.
 
@@ -38,16 +81,20 @@ class Groups:
     def __init__(self, gids: Array, starts: Array) -> None:
         self.gids = gids
         self.starts = starts
-        self.counts = np.diff(starts, append=gids.shape[0])
+        self.counts = np.empty_like(starts)
+        np.subtract(starts[1:], starts[:-1], out=self.counts[:-1])
+        self.counts[-1:] = gids.shape[0] - starts[-1:]
 
     @classmethod
     def runs(cls, gids: Array, *labels: Array) -> Groups:
         """A group for each stretch in which no label changes."""
-        change = np.zeros(gids.shape[0], np.bool_)
-        change[0] = True
-        for label in labels:
-            change[1:] |= label[1:] != label[:-1]
-        return cls(gids, np.flatnonzero(change))
+        change = labels[0][1:] != labels[0][:-1]
+        for label in labels[1:]:
+            change |= label[1:] != label[:-1]
+        after = change.nonzero()[0]
+        starts = np.zeros(after.shape[0] + 1, np.int64)
+        np.add(after, 1, out=starts[1:])
+        return cls(gids, starts)
 
     def pick(self, mask: Array) -> Groups:
         """The groups where mask is true."""
@@ -64,6 +111,12 @@ class Groups:
     def spread(self, values: Array) -> Array:
         """One value a group to one a lane."""
         return np.repeat(values, self.counts)
+
+    def numbers(self) -> Array:
+        """[n] which group each lane is of."""
+        if self.starts.shape[0] == 1:
+            return np.zeros(self.gids.shape[0], np.int64)
+        return np.repeat(np.arange(self.starts.shape[0]), self.counts)
 
     def lists(self) -> list[list[int]]:
         """The lanes of each group."""

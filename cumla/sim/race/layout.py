@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from cumla.sim.errors import LaunchError
 
 SPECIAL = 1 << 62  # a state that no barrier alone can make harmless
@@ -28,6 +30,8 @@ class Layout:
             stamp are the last one's, the strength is the least of them all.
         cross: the many are of more than one block.
         pending: an asynchronous copy that has not landed.
+        not_own, block_alone, warp_alone: what must be zero in `state ^ thread` for the state to
+            be of the thread alone, or of threads of its block, or of one of its warp.
     """
 
     def __init__(self, blocks: int, lanes: int) -> None:
@@ -44,6 +48,14 @@ class Layout:
         self.pending = 32 << bits
         self.stamp_shift = bits + 6
         # Clocks hold stamps in 32 bits.
+        # Scalars as arrays, which NumPy takes faster than numbers.
+        self.not_own = np.array(self.threads | self.many | self.pending)
+        self.blocks = np.array(self.threads & ~self.locals)
+        self.block_alone = np.array(self.blocks | self.cross)
+        self.warp_alone = np.array(self.threads & ~31 | self.many | self.pending)
+        self.many_flag = np.array(self.many)
+        self.cross_flag = np.array(self.cross)
+        self.many_cross = np.array(self.many | self.cross)
         self.last_stamp = min((1 << max(61 - self.stamp_shift, 0)) - 1, (1 << 31) - 1)
         self.stamps = ((1 << (61 - self.stamp_shift)) - 1) << self.stamp_shift
         if self.last_stamp < 1 << 24:

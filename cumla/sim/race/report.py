@@ -203,11 +203,12 @@ class Reports:
                 self.races[key] = replace(old, count=old.count + at.shape[0])
                 continue
             i = int(at[0])
-            with_it = (threads[at] == threads[i]) & (offsets[at] - offsets[i] == nbytes * (at - i))
+            mine = np.sort(offsets[at[threads[at] == threads[i]]])
+            run = np.flatnonzero(np.diff(mine, append=mine[-1] + 2 * nbytes) != nbytes)[0] + 1
             self.races[key] = self._race(
                 space,
-                int(offsets[i]),
-                nbytes * int(with_it.sum()),
+                int(mine[0]),
+                nbytes * int(run),
                 int(states[i]),
                 int(threads[i]),
                 site,

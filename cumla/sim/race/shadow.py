@@ -73,20 +73,23 @@ class Log:
     def _settle(self, writes: Array, layout: Layout) -> None:
         """One pair of arrays for all entries, now and then without those that a write ended."""
         if self._recent:
-            cells = [self._cells, *(cells.reshape(-1) for _, cells, _ in self._recent)]
-            states = [self._states]
+            cells, states = [self._cells], [self._states]
             for _, at, values in self._recent:
-                states.append(np.broadcast_to(values, at.shape).reshape(-1))
+                # States that stand for several accesses, or for none, are no entries.
+                real = (values & (layout.many | layout.pending) == 0) & (values != 0)
+                real = np.broadcast_to(real, at.shape)
+                cells.append(at[real])
+                states.append(np.broadcast_to(values, at.shape)[real])
             self._cells = np.concatenate(cells)
             self._states = np.concatenate(states)
             self._newest = self._recent[-1][0]
             self._recent = []
+            self._size = self._cells.shape[0]
         if self._size > self._clean_at:
             last = writes.take(self._cells)
             ended = ends(last, layout) & (self._states & layout.stamps <= last & layout.stamps)
-            alive = ~ended
-            self._cells = self._cells[alive]
-            self._states = self._states[alive]
+            self._cells = self._cells[~ended]
+            self._states = self._states[~ended]
             self._size = self._cells.shape[0]
             self._clean_at = 2 * self._size + 4096
 
@@ -163,9 +166,9 @@ class Level:
     def divide(self, cells: Array) -> None:
         """Split these cells where they are not."""
         writes = self.writes.take(cells)
-        if int(writes.min()) >= SPLIT:
-            return
         closed = writes < SPLIT
+        if not np.count_nonzero(closed):
+            return
         cells, writes = cells[closed], writes[closed]
         below = self.below
         below.writes[2 * cells] = below.writes[2 * cells + 1] = writes
@@ -174,16 +177,21 @@ class Level:
         self.reads[cells] = 0
         self.split = True
 
-    def unite(self, cells: Array, limit: int) -> None:
+    def unite(self, cells: Array, limit: Array) -> None:
         """Undo the division of these cells where all states below are older than the limit."""
         below = self.below
-        pairs = np.stack([2 * cells, 2 * cells + 1], axis=-1)
+        first = 2 * cells
         if below.split:
-            divided = pairs[below.writes.take(pairs) >= SPLIT]
-            if divided.shape[0]:
-                below.unite(divided, limit)
-        newest = np.maximum(below.writes.take(pairs), below.reads.take(pairs)).max(axis=-1)
-        self.writes[cells[newest < limit]] = 0
+            for half in (first, first + 1):
+                divided = half[below.writes.take(half) >= SPLIT]
+                if divided.shape[0]:
+                    below.unite(divided, limit)
+        old = below.writes.take(first) < limit
+        old &= below.reads.take(first) < limit
+        first += 1
+        old &= below.writes.take(first) < limit
+        old &= below.reads.take(first) < limit
+        self.writes[cells[old]] = 0
 
 
 class Shadow:
@@ -208,6 +216,11 @@ class Shadow:
             return offsets >> 2
         return (offsets >> 2) + self._deltas.take(offsets >> PAGE_SHIFT)
 
+    def above(self, level: Level) -> list[Level]:
+        """The level and those above it: what was logged before a cell was divided counts."""
+        levels = self.words.levels()
+        return levels[levels.index(level) :: -1]
+
     def offsets(self, level: Level, cells: Array) -> Array:
         """The byte offsets of cells."""
         at = cells * level.width
@@ -219,8 +232,13 @@ class Shadow:
 
     def add_pages(self, offsets: Array, nbytes: int) -> None:
         """Have states for the pages of nbytes bytes at each of these offsets."""
-        steps = np.append(np.arange(0, nbytes, 1 << PAGE_SHIFT), nbytes - 1)
-        pages = np.unique(offsets[:, None] + steps >> PAGE_SHIFT).tolist()
+        steps = (*range(0, nbytes, 1 << PAGE_SHIFT), nbytes - 1)
+        touched = np.concatenate([offsets + step for step in steps]) >> PAGE_SHIFT
+        first = int(touched.min())
+        if int(touched.max()) - first < 1 << 20:
+            pages = (np.flatnonzero(np.bincount(touched - first)) + first).tolist()
+        else:
+            pages = np.unique(touched).tolist()
         if pages[-1] >= self._deltas.shape[0]:
             deltas = np.full(2 * pages[-1], _NOWHERE, np.int64)
             deltas[: self._deltas.shape[0]] = self._deltas
@@ -234,9 +252,9 @@ class Shadow:
         if need > have:
             self.words.grow(max(need, 2 * have))
 
-    def logged(self) -> bool:
-        """Whether any log holds anything."""
-        return any(len(level.log) for level in self.words.levels())
+    def logged(self) -> int:
+        """How many accesses the logs hold."""
+        return sum(len(level.log) for level in self.words.levels())
 
     def drop(self, stamp: int) -> None:
         """Forget logged accesses up to a stamp that everyone knows."""
