@@ -40,7 +40,16 @@ def is_terminator(ins: Instruction) -> bool:
 def basic_blocks(kernel: FlatKernel) -> list[Block]:
     """The blocks, numbered in running order; block 0 is the entry."""
     instructions = kernel.instructions
-    starts = {0, *kernel.labels.values()}
+    # Compilers leave labels that nobody jumps to; those begin no block.
+    targets = {
+        o.name
+        for ins in instructions
+        if ins.opcode == "bra"
+        for o in ins.operands
+        if isinstance(o, Symbol)
+    }
+    targets.update(*kernel.branch_targets.values())
+    starts = {0, *(kernel.labels[label] for label in targets)}
     starts |= {ins.index + 1 for ins in instructions if is_terminator(ins)}
     bounds = sorted(s for s in starts if s < len(instructions))
     blocks = [

@@ -207,6 +207,7 @@ class Kernel:
                             race.next_wave(wave)
                         wave.race = race
                     Scheduler(prepared.code, wave).run()
+                    wave.memory.release()
         except Deadlock as error:
             # Who waits for ever may do so because of a race.
             if race is None or not race.races():

@@ -123,6 +123,9 @@ def look_up(kernel: FlatKernel, env: Env) -> tuple[dict[int, Op], list[tuple[Ins
         if unknown:
             problems.append((ins, f"unknown register {unknown[0]}"))
             continue
+        if any(kernel.registers.get(r) == "b128" for o in ins.operands for r in registers_of(o)):
+            problems.append((ins, "128-bit registers are not supported"))
+            continue
         if is_terminator(ins):
             continue
         try:

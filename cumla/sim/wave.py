@@ -60,7 +60,11 @@ class Geometry:
 
     @property
     def shared_stride(self) -> int:
-        return -(-self.shared_size // SHARED_GUARD) * SHARED_GUARD + SHARED_GUARD
+        """Bytes from a block's shared memory to the next one's.
+
+        A power of two: then an address without the memory check cannot reach a neighbour.
+        """
+        return 1 << (self.shared_size + SHARED_GUARD - 1).bit_length()
 
 
 class Wave:

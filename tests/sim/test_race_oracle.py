@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tests.sim.happens_before import Did, Program
+from sim.happens_before import Did, Program
 
 from cumla.sim.cohort import Cohort
 from cumla.sim.ptx.syntax import Instruction

@@ -6,13 +6,13 @@ flushed before: flushing keeps the order, so that it may come last.
 
 from __future__ import annotations
 
-from functools import partial, reduce
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from cumla.sim.isa.floating import NAN, ZERO, Array, Run
-from cumla.sim.isa.rounding import U32, constant, sum_of_squares
+from cumla.sim.isa.rounding import U32, any_nan, constant
 
 _UFUNCS: dict[tuple[str, bool], Any] = {
     ("min", False): np.fmin,
@@ -32,8 +32,7 @@ def _extreme(name: str, propagate: bool, a: Array, b: Array) -> Array:
         signs = np.bitwise_or if name == "min" else np.bitwise_and
         integer = f"u{plain.itemsize}"
         result = signs(plain.view(integer), ufunc(b, a).view(integer)).view(plain.dtype)
-    total = sum_of_squares(plain)
-    if total != total:
+    if any_nan(plain):
         result = np.where(plain != plain, NAN if plain.itemsize == 4 else plain, result)
     return result
 
@@ -43,20 +42,20 @@ def double_extreme(name: str) -> Run:
     return partial(_extreme, name, False)
 
 
-def single_extreme(name: str, flags: frozenset[str]) -> Run:
+def single_extreme(name: str, flags: frozenset[str], count: int) -> Run:
     """min or max of two or three f32, with `.NaN`, `.abs` and `.xorsign`."""
     two = partial(_extreme, name, "NaN" in flags)
+    if count == 3:
+        change: Run = np.abs if "abs" in flags else np.asarray
+        return lambda a, b, c: two(two(change(a), change(b)), change(c))
     if "abs" not in flags:
-        return lambda *sources: reduce(two, sources)
-    if "xorsign" not in flags:
-        return lambda *sources: reduce(two, map(np.abs, sources))
+        return two
 
     def run(a: Array, b: Array) -> Array:
         result = two(np.abs(a), np.abs(b))
         sign = np.bitwise_and(np.bitwise_xor(a.view(U32), b.view(U32)), _SIGN)
         signed = np.bitwise_or(result.view(U32), sign).view(np.float32)
-        total = sum_of_squares(result)
-        return signed if total == total else np.where(result != result, result, signed)
+        return np.where(result != result, result, signed) if any_nan(result) else signed
 
     return run
 

@@ -35,7 +35,7 @@ from cumla.sim.isa.rounding import (
     double_to_single,
     flush,
     half_to_single,
-    sum_of_squares,
+    squares_below,
 )
 from cumla.sim.isa.table import Env, Op, Unsupported, instruction
 from cumla.sim.ptx.syntax import Instruction
@@ -118,8 +118,8 @@ def _flushing_product(run: Run) -> Run:
     def fast(a: Array, b: Array, *c: Array) -> Array:
         result = run(a, b, *map(flush, c))
         if (
-            sum_of_squares(a) < _FACTORS
-            and sum_of_squares(b) < _FACTORS
+            squares_below(a, _FACTORS)
+            and squares_below(b, _FACTORS)
             and not np.count_nonzero(np.abs(result) < _RESULT)
         ):
             return result
@@ -229,5 +229,5 @@ def _min(ins: Instruction, env: Env) -> Op:
         raise Unsupported("modifier .xorsign without .abs or with three operands")
     if count == 2 and "abs" in flags and "xorsign" not in flags:
         raise Unsupported("modifier .abs without .xorsign and with two operands")
-    run = single_extreme(ins.opcode, flags)
+    run = single_extreme(ins.opcode, flags, count)
     return Op(then(flush, run) if "ftz" in flags else run, ("f32",) * count, ("f32",))

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cumla.sim.isa.rounding import NAN_BITS, constant, flush, sum_of_squares
+from cumla.sim.isa.rounding import NAN_BITS, any_nan, constant, flush
 from cumla.sim.isa.table import Unsupported
 from cumla.sim.ptx.syntax import Instruction
 
@@ -56,8 +56,7 @@ def demand(ins: Instruction, rounding: str) -> str:
 
 def canonical(result: Array) -> Array:
     """f32 with every NaN made canonical, in place: `result` belongs to the caller."""
-    total = sum_of_squares(result)
-    if total != total:
+    if any_nan(result):
         np.putmask(result, result != result, NAN)
     return result
 

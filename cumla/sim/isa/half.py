@@ -38,7 +38,7 @@ from cumla.sim.isa.rounding import (
     half_to_single,
     single_to_bf16,
     single_to_half,
-    sum_of_squares,
+    squares_below,
 )
 from cumla.sim.isa.table import Env, Op, Unsupported, instruction
 from cumla.sim.ptx.syntax import Instruction
@@ -109,7 +109,7 @@ def _fma(form: _Format, a: Array, b: Array, c: Array) -> Array:
     if form.exact is not None:
         inside = np.count_nonzero(np.bitwise_and(product.view(U32), form.exact))
         # The sum of squares is finite only if all products are.
-        if inside != product.size or not sum_of_squares(product) < np.inf:
+        if inside != product.size or not squares_below(product, np.inf):
             return double_to_odd_single(fma_single_odd(a, b, c))
     total = np.add(product, c)
     doubtful = np.flatnonzero(np.bitwise_and(total.view(U32), form.cut) == form.tie)

@@ -143,8 +143,48 @@ def st(ins: Instruction, env: Env) -> Op:
     def run(c: Cohort, address: Any, *values: Any) -> None:
         write(c, address, values[:count])
 
+    def run_alone(c: Cohort, address: Any, *values: Any) -> None:
+        """For the race detector: of lanes of a warp that store the same, one does.
+
+        CUDA C Programming Guide "SIMT Architecture": one of a warp's writes to a place is made.
+        """
+        others = _repeated(c, c.full(address), [c.full(v) for v in values[:count]])
+        if others is None:
+            write(c, address, values[:count])
+            return
+        kept = ~others
+        write(
+            c.subset(kept),
+            c.full(address)[kept],
+            tuple(c.full(v)[kept] for v in values[:count]),
+        )
+
     policy = ("b64",) if form.hinted else ()
+    if env.check_race:
+        run = run_alone
     return Op(run, ("addr", *(form.type,) * count, *policy), cohort=True)
+
+
+def _repeated(c: Cohort, address: Any, values: list[Any]) -> Any:
+    """The lanes that store what a higher lane of their warp stores in the same place, or None."""
+    padded = c.to_warps(address)
+    if c.whole:
+        padded = np.sort(padded, axis=1)
+        if not (padded[:, 1:] == padded[:, :-1]).any():
+            return None
+    order = np.lexsort((c.gids, address, c.gids >> 5))
+    same = (address[order][1:] == address[order][:-1]) & (
+        c.gids[order][1:] >> 5 == c.gids[order][:-1] >> 5
+    )
+    # All lanes at a place must store the same, or the conflict is a race.
+    group = np.concatenate([[0], np.cumsum(~same)])
+    differs = np.zeros(group[-1] + 1, np.bool_)
+    for value in values:
+        bits = value.view(f"u{value.dtype.itemsize}")[order]
+        differs[group[1:][same & (bits[1:] != bits[:-1])]] = True
+    dropped = np.zeros(c.n, np.bool_)
+    dropped[order[:-1]] = same & ~differs[group[:-1]]
+    return dropped if dropped.any() else None
 
 
 @instruction("cvta")

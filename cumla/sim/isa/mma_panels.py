@@ -10,14 +10,16 @@ additions open; in float64 it does not matter unless products of one element lie
 apart in magnitude, so that a panel gives what its mma one by one would give. Sums of zeros are
 +0.0, NaN results are 0x7fffffff.
 
-Layout: matrices are built from registers by moving quads, what the lanes 4g to 4g + 3 hold in one.
-For that the rows of A are ordered (g, i, half) and the columns of B (j, column % 2, column // 2).
+Layout: matrices are built from registers by moving quads, the 4 elements of the lanes 4g to 4g + 3.
+For that the rows of A are ordered (g, i, half), the columns of B (j, column % 2, column // 2), and
+k by (register, element in the register, lane), in A and B alike.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -31,7 +33,7 @@ Array = NDArray[Any]
 QUAD = np.dtype(np.complex128)  # for its size, four f32
 # Bytes of the matrices of those warps that are worked on together: so many that NumPy's cost for
 # a call does not count, and few enough to stay in a cache.
-WORKING_SET = 1 << 21
+WORKING_SET = 1 << 22
 # Sizes of cohorts for which panels keep their views.
 KEPT_SPACES = 8
 
@@ -135,15 +137,12 @@ class _Space:
         self.form = form = panels.form
         quads = lanes // 4
 
-        # Registers as they come, and as the rows of A and the columns of B have them.
-        self.sources = panels.a + panels.b
-        self.registers = self.take((len(self.sources), lanes), np.uint32)
-        self.order = self.matrix_order(panels, quads)
-        self.ordered = self.take((self.registers.size,), np.uint32)
-        # Their elements by the place in the register, then one after the other.
-        split = len(panels.a) * lanes
+        self.pick = itemgetter(*panels.a, *panels.b)
+        self.registers = self.take((len(panels.a + panels.b), lanes), np.uint32)
+        split = len(panels.a)
+        # Their elements as f32, by the place in the register.
         count = 32 // ELEMENTS[form.a].room
-        planes = self.take((count, self.ordered.size), np.uint32)
+        planes = self.take((count, *self.registers.shape), np.uint32)
         values = planes.view(np.float32)
         if not ELEMENTS[form.a].exponent:
             values = self.take(planes.shape, np.float32)
@@ -151,13 +150,18 @@ class _Space:
         parts = ((form.a, slice(split)), (form.b, slice(split, None)))
         for kind, part in ((form.a, slice(None)),) if form.a == form.b else parts:
             unpack = ELEMENTS[kind].unpacker()
-            self.unpacking.append((unpack, self.ordered[part], planes[:, part], values[:, part]))
-        dtype = np.float32 if form.exact_in_single else np.float64
-        matrices = self.take((self.ordered.size, count), dtype)
-        self.moves = list(zip(matrices.T, values, strict=True))  # destination and source
+            self.unpacking.append((unpack, self.registers[part], planes[:, part], values[:, part]))
+        # As rows of A and columns of B.
+        self.quads = values.view(QUAD).reshape(-1)
+        self.order = self.matrix_order(panels, count, quads)
+        self.singles = self.take((values.size,), np.float32)
+        self.matrices = self.singles
+        if not form.exact_in_single:
+            self.matrices = self.take(self.singles.shape, np.float64)
         many = panels.steps, panels.panels, -1
-        self.a = matrices[:split].reshape(*many, form.m * panels.rows, form.k)
-        self.b = matrices[split:].reshape(*many, form.n * panels.columns, form.k)
+        split *= lanes * count
+        self.a = self.matrices[:split].reshape(*many, form.m * panels.rows, form.k)
+        self.b = self.matrices[split:].reshape(*many, form.n * panels.columns, form.k)
         self.b = self.b.swapaxes(-1, -2)
 
         grid = (*self.a.shape[1:-1], self.b.shape[-1])
@@ -165,6 +169,7 @@ class _Space:
         self.integers = self.take(grid, np.int32)
         self.total = self.take(grid, np.int32 if form.c == "s32" else np.float32)
         self.c = panels.c
+        self.pick_c = itemgetter(*panels.c)
         self.c_registers = self.take((len(panels.c), lanes), np.uint32)
         if form.c == "f16":
             self.c_planes = self.take((2, *self.c_registers.shape), np.uint32)
@@ -194,34 +199,30 @@ class _Space:
         return taken.view(dtype).reshape(shape)
 
     @staticmethod
-    def matrix_order(panels: Panels, quads: int) -> Array:
-        """Where the quads of A, then those of B, by row or column, are among the registers."""
+    def matrix_order(panels: Panels, count: int, quads: int) -> Array:
+        """Where the quads of A, then those of B, by row or column, are in `values`."""
         form = panels.form
-        at = np.arange(len(panels.a + panels.b) * quads)
+        at = np.arange(count * len(panels.a + panels.b) * quads).reshape(count, -1)
         split = len(panels.a) * quads
-        a = at[:split].reshape(
-            panels.steps, panels.panels, panels.rows, form.steps, form.halves, quads
-        )
-        b = at[split:].reshape(
-            panels.steps, panels.panels, panels.columns, form.steps, quads // 8, 4, 2
-        )
-        a = a.transpose(0, 1, 5, 2, 4, 3)
-        b = b.transpose(0, 1, 4, 2, 6, 5, 3)
+        many = count, panels.steps, panels.panels
+        a = at[:, :split].reshape(*many, panels.rows, form.steps, form.halves, quads)
+        b = at[:, split:].reshape(*many, panels.columns, form.steps, quads // 8, 4, 2)
+        a = a.transpose(1, 2, 6, 3, 5, 4, 0)
+        b = b.transpose(1, 2, 5, 3, 7, 6, 4, 0)
         return np.concatenate([a.reshape(-1), b.reshape(-1)])
 
     def run(self, sources: Sequence[Array], outs: list[Array | None]) -> None:
         """All steps; `outs` has for each step where its D go, or None."""
-        _gather(sources, self.sources, self.registers)
-        quads = self.registers.view(QUAD).reshape(-1)
-        quads.take(self.order, out=self.ordered.view(QUAD), mode="clip")
+        _gather(sources, self.pick, self.registers)
         for unpack, *arguments in self.unpacking:
             unpack(*arguments)
-        for destination, source in self.moves:
-            np.copyto(destination, source)
+        self.quads.take(self.order, out=self.singles.view(QUAD), mode="clip")
+        if self.matrices is not self.singles:
+            np.copyto(self.matrices, self.singles)
         if all(_is_zero(sources[i]) for i in self.c):
             self.total.fill(0)
         else:
-            _gather(sources, self.c, self.c_registers)
+            _gather(sources, self.pick_c, self.c_registers)
             if self.form.c == "f16":
                 _unpack_half(self.c_registers, self.c_planes, self.c_planes.view(np.float32))
             np.copyto(self.total_quads, self.c_quads)
@@ -267,12 +268,12 @@ def _is_zero(register: Array) -> bool:
     return register.shape[0] == 1 and not register.view(np.uint32)[0]
 
 
-def _gather(sources: Sequence[Array], which: list[int], out: Array) -> None:
-    """[registers, lanes] of sources, as bits."""
-    arrays = [sources[i] for i in which]
+def _gather(sources: Sequence[Array], pick: Callable[..., Any], out: Array) -> None:
+    """The registers that `pick` takes out of the sources, as bits, [registers, lanes]."""
+    arrays = pick(sources)
     flat = out.reshape(-1).view(arrays[0].dtype)
-    if sum([x.shape[0] for x in arrays]) == flat.shape[0]:
+    try:
         np.concatenate(arrays, out=flat)
-    else:
+    except ValueError:  # some are one value for all lanes
         for row, array in zip(flat.reshape(out.shape), arrays, strict=True):
             np.copyto(row, array)

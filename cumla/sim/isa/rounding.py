@@ -35,29 +35,33 @@ _SIGN_BIT = constant(0x80000000, U32)
 _LEAST = 2.0**-126
 SMALLEST_NORMAL = constant(_LEAST, np.float32)
 
-PIECE = 8192
-
 # From here on the integer algorithm below beats NumPy's cast to float16.
 LARGE = 1024
 # OpenBLAS multiplies vectors of up to 10,000 elements without calling other threads.
 DOT = 8192
 
 
-def sum_of_squares(x: Array) -> float:
-    """Of a one-dimensional array. NaN if and only if an element is, as no infinities cancel.
-
-    The fastest look at all elements that there is. In pieces, since OpenBLAS spreads more than
-    10,000 elements over threads, and where the cores are busy that takes milliseconds.
-    """
-    if x.size <= PIECE:
-        return x.dot(x)
-    return sum(float(y.dot(y)) for y in (x[i : i + PIECE] for i in range(0, x.size, PIECE)))
-
-
 def any_nan(x: Array) -> bool:
-    """Whether an array holds a NaN."""
-    total = sum_of_squares(x.reshape(-1))
-    return total != total
+    """Whether an f32 array, not empty, holds a NaN."""
+    # A sum of squares is a NaN if one of them is; on few values it costs half of a maximum.
+    total = x.dot(x) if x.size <= DOT else np.maximum.reduce(x)
+    return bool(total != total)
+
+
+def any_nan_in_two(x: Array, y: Array) -> bool:
+    """Whether one of two arrays holds a NaN; it may say so of infinities as well."""
+    if x.size == y.size <= DOT:
+        total = x.dot(y)
+        return bool(total != total)
+    return any_nan(x) or any_nan(y)
+
+
+def squares_below(x: Array, limit: float) -> bool:
+    """Whether the sum of the squares of an f32 array is below a limit; not with a NaN."""
+    if x.size <= DOT:
+        return bool(x.dot(x) < limit)
+    parts = (x[i : i + DOT] for i in range(0, x.size, DOT))
+    return sum(float(part.dot(part)) for part in parts) < limit
 
 
 def any_small(x: Array, exponents: Array) -> bool:

@@ -2,7 +2,7 @@
 
 A body is read twice. First it is cut into statements, and every label enters its scope, since a
 branch may come before its label. Then the statements are taken in order, because a name means the
-nearest declaration before it. PTX ISA "Identifiers", "Labels", "Blocks of statements".
+nearest declaration before it. PTX ISA "Statements", "Control Flow Instructions: {}".
 """
 
 from __future__ import annotations

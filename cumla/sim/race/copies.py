@@ -20,8 +20,13 @@ class Copy:
         stamps: [n] when it did.
     """
 
-    def __init__(self, site: Site, gids: Array, cells: Array, lane: Array, states: Array) -> None:
-        """cells: [m] the words; lane: [m] who writes each; states: [n] what that left there."""
+    def __init__(
+        self, site: Site, gids: Array, cells: Array, lane: Array | None, states: Array
+    ) -> None:
+        """cells: [k, n] the words, or [m] with lane, [m], who writes each.
+
+        states: [n] what that left there.
+        """
         self.site = site
         self.gids = gids
         self.agents = np.full(gids.shape[0], -1, np.int64)
@@ -35,21 +40,30 @@ class Copy:
         """Leave these states where mask [n] is true and nobody wrote since; where it was true."""
         landing = mask & self._pending
         self._pending &= ~mask
-        at = np.flatnonzero(landing[self._lane])
-        lane = self._lane[at]
-        _settle(level, self._cells[at], self._states[lane], states[lane])
+        if self._lane is None:
+            at = lanes = landing.nonzero()[0]
+        else:
+            at = landing[self._lane].nonzero()[0]
+            lanes = self._lane[at]
+        if at.shape[0]:
+            _settle(level, self._cells[..., at], self._states[lanes], states[lanes])
         return landing
 
 
 def _settle(level: Level, cells: Array, before: Array, after: Array) -> None:
     found = level.writes.take(cells)
     same = found == before
+    if np.count_nonzero(same) == same.size:
+        level.writes[cells] = after
+        return
+    after = np.broadcast_to(after, cells.shape)
     level.writes[cells[same]] = after[same]
-    divided = np.flatnonzero(found >= SPLIT)
-    if divided.shape[0]:
+    divided = found >= SPLIT
+    if np.count_nonzero(divided):
         halves = 2 * cells[divided]
+        before = np.broadcast_to(before, cells.shape)[divided]
         for half in (halves, halves + 1):
-            _settle(level.below, half, before[divided], after[divided])
+            _settle(level.below, half, before, after[divided])
 
 
 class Agents:

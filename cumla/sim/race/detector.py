@@ -236,10 +236,15 @@ class RaceDetector:
         site = self._history.site(ins, "asynchronous copy", "weak", "cta")
         step = self._step(cohort.gids, self._shared, site)
         step.values = pending(step.values, self._layout)
-        words = np.broadcast_to(np.asarray(nbytes) >> 2, cohort.gids.shape)
+        offset = cohort.full(offset)
+        if isinstance(nbytes, int):
+            self._accesses.run(step, offset, nbytes)
+            cells = (offset >> 2) + np.arange(nbytes >> 2)[:, None]
+            return Copy(site, cohort.gids, cells, None, step.values)
+        words = cohort.full(nbytes) >> 2
         lane = np.repeat(np.arange(cohort.n), words)
         within = np.arange(lane.shape[0]) - np.repeat(np.cumsum(words) - words, words)
-        cells = (cohort.full(offset) >> 2)[lane] + within
+        cells = (offset >> 2)[lane] + within
         if lane.shape[0]:
             self._accesses.run(step.take(lane), cells << 2, 4)
         return Copy(site, cohort.gids, cells, lane, step.values)

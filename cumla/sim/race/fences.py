@@ -45,21 +45,24 @@ class FenceClocks(Clocks):
         """[n] bool: which lanes have something to release."""
         return (self.own[gids] | self.row[gids] | self.block[gids]) > 0
 
-    def cached_export(self, gid: int) -> Clock:
-        """`export`, the same object for all lanes that would release the same."""
+    def contents(self, gids: Array) -> list[Array]:
+        """Labels that are the same for lanes which would release the same."""
+        labels = [np.where(self.own[gids] > 0, -1 - gids, self.row[gids]), self.block[gids]]
+        if self.abroad is not None:
+            labels.append(np.fromiter(map(id, self.abroad[gids].tolist()), np.int64))
+        return labels
+
+    def held(self, gid: int) -> Clock | None:
+        """What the lane would release: the same object for all that would release the same."""
+        own, block, row = int(self.own[gid]), int(self.block[gid]), int(self.row[gid])
+        if not (own or block or row):
+            return None
         if self._collections != self.rows.collections or len(self._exports) > 4096:
             self._collections = self.rows.collections
             self._exports = {}
-        own = int(self.own[gid])
-        key = (
-            int(self.threads.block[gid]),
-            gid if own else -1,
-            own,
-            int(self.warp[gid]),
-            int(self.block[gid]),
-            int(self.row[gid]),
-            None if self.abroad is None else self.abroad[gid],
-        )
+        abroad = None if self.abroad is None else self.abroad[gid]
+        who = gid if own else -1 - int(self.threads.block[gid])
+        key = (who, own, int(self.warp[gid]), block, row, abroad)
         clock = self._exports.get(key)
         if clock is None:
             clock = self._exports[key] = self.export(gid, 0)

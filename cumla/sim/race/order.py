@@ -8,6 +8,7 @@ as ordered, because CUDA's own samples rely on it: see `FenceClocks`, and `Memor
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,9 +17,10 @@ from cumla.sim.cohort import Array
 from cumla.sim.race.clock import Clock, merged
 from cumla.sim.race.clocks import Clocks, Rows
 from cumla.sim.race.fences import FenceClocks
-from cumla.sim.race.lanes import Threads
+from cumla.sim.race.lanes import Groups, Threads
 from cumla.sim.race.report import History, Site
 
+_Pair = tuple[Clock | None, Clock | None]  # for the thread's block, for the device
 _ACQUIRES = ("acquire", "acq_rel")
 _RELEASES = ("release", "acq_rel")
 
@@ -30,14 +32,27 @@ class _Place:
     Attributes:
         wide: what was released to the whole device.
         near: by block, what was released by and to the threads of the block.
+        held: the clocks that are part of wide, or of some near, already: (block or -1, clock).
         writer: the thread that stored last, and, if it did so with a release, what that released:
             its later strong stores release it as well.
     """
 
     wide: Clock | None = None
     near: dict[int, Clock] = field(default_factory=dict)
+    held: set[tuple[int, Clock]] = field(default_factory=set)
     writer: int = -1
-    released: tuple[Clock | None, Clock | None] = (None, None)
+    released: _Pair = (None, None)
+
+    def add(self, block: int, near: Clock | None, wide: Clock | None) -> None:
+        """A thread of the block released near to its block, and wide to the device."""
+        if near is not None and (block, near) not in self.held:
+            self.held.add((block, near))
+            both = merged(self.near.get(block), near)
+            assert both is not None
+            self.near[block] = both
+        if wide is not None and (-1, wide) not in self.held:
+            self.held.add((-1, wide))
+            self.wide = merged(self.wide, wide)
 
 
 class Places:
@@ -70,8 +85,9 @@ class MemoryOrder:
         self._places = places.places
         self._narrow: FenceClocks | None = None
         self._wide: FenceClocks | None = None
-        # By lane: clocks that strong reads saw; whether only a wide fence makes them known.
-        self._seen: dict[int, dict[Clock, bool]] = {}
+        # Clocks that strong reads of lanes saw: those that any fence makes known, and those that
+        # only a wide one does.
+        self._seen: tuple[dict[Clock, set[int]], dict[Clock, set[int]]] = ({}, {})
 
     def fence(self, gids: Array, scope: str, order: str) -> None:
         """The lanes execute a fence of this scope: "acq_rel", "sc", "acquire" or "release"."""
@@ -92,94 +108,118 @@ class MemoryOrder:
             self._wide.fence(gids, self.clocks, now)
 
     def barrier(self, gids: Array) -> None:
-        """The lanes meet at a barrier of their block.
+        """The lanes are about to meet at a barrier of their block.
 
         It completes an acquire: that one thread reads a flag or takes a ticket, and then all go on
         to read what that announces, is how reductions by the last block are written.
         """
-        self._know(gids, True)
+        self._know(gids, True, meeting=True)
 
-    def _know(self, gids: Array, wide: bool) -> None:
-        """The lanes, ascending, get to know what they have seen."""
-        if not self._seen:
+    def _know(self, gids: Array, wide: bool, meeting: bool = False) -> None:
+        """The lanes get to know what they have seen; one of each block will do if they meet."""
+        if not (self._seen[0] or self._seen[1]):
             return
-        seers = np.fromiter(self._seen, np.int64)
-        at = np.searchsorted(gids, seers)
-        at[at == gids.shape[0]] = 0
-        for gid in seers[gids[at] == seers].tolist():
-            seen = self._seen.pop(gid)
-            for clock, needs_wide in list(seen.items()):
-                if wide or not needs_wide:
-                    self.clocks.absorb(gid, clock)
+        here = set(gids.tolist())
+        known: dict[int, Clock | None] = {}
+        for seen in self._seen if wide else self._seen[:1]:
+            for clock in list(seen):
+                lanes = seen[clock] & here
+                seen[clock] -= lanes
+                if not seen[clock]:
                     del seen[clock]
-            if seen:
-                self._seen[gid] = seen
+                if meeting:
+                    lanes = {gid // self.threads.lanes * self.threads.lanes for gid in lanes}
+                for gid in lanes:
+                    known[gid] = merged(known.get(gid), clock)
+        for gid, clock in known.items():
+            if clock is not None:
+                self.clocks.absorb(self._first(gid, here) if meeting else gid, clock)
+
+    def _first(self, gid: int, here: set[int]) -> int:
+        """The first lane of those here from this one on."""
+        return next(lane for lane in range(gid, gid + self.threads.lanes) if lane in here)
 
     def access(self, space: str, offsets: Array, gids: Array, site: Site) -> None:
         """Strong accesses to byte offsets, in the order of the lanes."""
         releases = site.order in _RELEASES and site.writes
         if not (releases or self.flows or self._places):
             return
-        if site.writes and self._narrow is not None and not releases:
-            active = self._narrow.fenced(gids)
-        else:
-            active = np.full(gids.shape[0], releases)
-        if not active.all() and self._places:
-            held = np.array([at for where, at in self._places if where == space], np.int64)
-            active |= np.isin(offsets, held)
+        active = np.full(gids.shape[0], releases)
+        if site.writes and self._narrow is not None:
+            active |= self._narrow.fenced(gids)
+        if self._places and not active.all():
+            places = self._places
+            active |= [(space, offset) in places for offset in offsets.tolist()]
         if site.writes and active.any():
             # What one lane releases the next ones may acquire, or overwrite.
             active |= np.isin(offsets, offsets[active])
-        for i in np.flatnonzero(active).tolist():
-            self._access(space, int(offsets[i]), int(gids[i]), site, releases)
+        chosen = active.nonzero()[0]
+        if not chosen.shape[0]:
+            return
+        offsets, gids = offsets[chosen], gids[chosen]
+        for offset, lanes in self._alike(offsets, gids, site, releases):
+            self._access((space, offset), lanes, site, releases)
 
-    def _access(self, space: str, offset: int, gid: int, site: Site, releases: bool) -> None:
-        place = self._places.get((space, offset))
+    def _alike(
+        self, offsets: Array, gids: Array, site: Site, releases: bool
+    ) -> Iterator[tuple[int, list[int]]]:
+        """Lanes that do the same at a place, one group after the other."""
+        if releases or site.kind == "write" or gids.shape[0] == 1:
+            for offset, gid in zip(offsets.tolist(), gids.tolist(), strict=True):
+                yield offset, [gid]
+            return
+        order = np.argsort(offsets, kind="stable")
+        offsets, gids = offsets[order], gids[order]
+        labels = [offsets, self.threads.block[gids]]
+        if site.writes:
+            for clocks in self.flows:
+                labels += clocks.contents(gids)
+        groups = Groups.runs(gids, *labels)
+        yield from zip(offsets[groups.starts].tolist(), groups.lists(), strict=True)
+
+    def _access(self, key: tuple[str, int], gids: list[int], site: Site, releases: bool) -> None:
+        place = self._places.get(key)
         wide = site.strength == 2
-        block = int(self.threads.block[gid])
+        block = int(self.threads.block[gids[0]])
         if place is not None and site.kind != "write":
-            self._see(gid, place.near.get(block), False, site)
+            acquires = site.order in _ACQUIRES
+            self._see(gids, place.near.get(block), 0, acquires)
             if wide:
-                self._see(gid, place.wide, True, site)
+                self._see(gids, place.wide, 1, acquires)
         if site.kind == "read":
             return
-        near, far = self._released(gid, releases, wide)
-        thread = int(self.threads.thread[gid])
+        near, far = self._released(gids[0], releases, wide)
         if site.kind == "write":
-            old = place.released if place is not None and place.writer == thread else (None, None)
+            thread = int(self.threads.thread[gids[0]])
+            old: _Pair = (None, None)
+            if place is not None and place.writer == thread:
+                old = place.released
             near, far = merged(old[0], near), merged(old[1], far)
             if near is None and far is None:
-                self._places.pop((space, offset), None)
+                self._places.pop(key, None)
                 return
-            place = self._places[space, offset] = _Place(writer=thread)
+            place = self._places[key] = _Place(writer=thread)
             place.released = (near, far) if releases else old
         elif place is None:
             if near is None and far is None:
                 return
-            place = self._places[space, offset] = _Place()
-        both = merged(place.near.get(block), near)
-        if both is not None:
-            place.near[block] = both
-        place.wide = merged(place.wide, far)
+            place = self._places[key] = _Place()
+        place.add(block, near, far)
 
-    def _see(self, gid: int, clock: Clock | None, needs_wide: bool, site: Site) -> None:
+    def _see(self, gids: list[int], clock: Clock | None, needs_wide: int, acquires: bool) -> None:
         if clock is None:
             return
-        if site.order in _ACQUIRES:
-            self.clocks.absorb(gid, clock)
+        if acquires:
+            for gid in gids:
+                self.clocks.absorb(gid, clock)
         else:
-            seen = self._seen.setdefault(gid, {})
-            seen[clock] = needs_wide and seen.get(clock, True)
+            self._seen[needs_wide].setdefault(clock, set()).update(gids)
 
-    def _released(self, gid: int, releases: bool, wide: bool) -> tuple[Clock | None, Clock | None]:
-        """What a strong write of the lane releases: to its block, to the device."""
+    def _released(self, gid: int, releases: bool, wide: bool) -> _Pair:
+        """What a strong write of the lane releases."""
         if releases:
             clock = self.clocks.export(gid, self.history.now)
             return clock, clock if wide else None
-        gids = np.array([gid])
-        near = far = None
-        if self._narrow is not None and self._narrow.fenced(gids)[0]:
-            near = self._narrow.cached_export(gid)
-        if wide and self._wide is not None and self._wide.fenced(gids)[0]:
-            far = self._wide.cached_export(gid)
+        near = None if self._narrow is None else self._narrow.held(gid)
+        far = None if self._wide is None or not wide else self._wide.held(gid)
         return near, far

@@ -91,7 +91,7 @@ extern "C" __global__ void shuffle_sum_double(const double* in, double* out, int
 // What people write to have atomicAdd(double*) everywhere, and atomicMax(float*).
 __device__ void add(double* at, double x) {
     unsigned long long* word = reinterpret_cast<unsigned long long*>(at);
-    unsigned long long old = *word, assumed;
+    unsigned long long old = *(volatile unsigned long long*)word, assumed;
     do {
         assumed = old;
         old = atomicCAS(word, assumed, __double_as_longlong(x + __longlong_as_double(assumed)));
