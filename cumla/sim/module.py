@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -188,6 +189,7 @@ class Kernel:
         if size < 1:
             raise LaunchError(f"wave_blocks: got {wave_blocks}; at least one block must run")
         race: RaceDetector | None = None
+        keep_freed_memory()
         try:
             with np.errstate(all="ignore"):
                 for start in range(0, geometry.blocks, size):
@@ -250,6 +252,16 @@ class Kernel:
             8 * len(prepared.kernel.registers) + 2 * geometry.local_size
         )
         return max(1, min(fits, WAVE_LANES // geometry.lanes, WAVE_BYTES // a_block))
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Make glibc keep freed arrays of up to 31 MiB instead of handing their pages back.
+
+    It raises its thresholds when a large block is freed; without that every array of 128 KiB is
+    mapped and cleared anew, which costs more than most instructions do.
+    """
+    np.empty(31 << 20, np.uint8)
 
 
 def listed(race: RaceDetector) -> str:

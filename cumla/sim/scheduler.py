@@ -20,7 +20,7 @@ from cumla.sim.flow import EXIT
 from cumla.sim.wave import Wave
 
 # Rounds of a loop before its state is compared between rounds; compared again at each doubling.
-FIRST_SPIN_TEST = 32
+FIRST_SPIN_TEST = 4
 # Rounds after which a loop lets others run, though its state still changes.
 LONG_TURN = 1 << 14
 # How often try_wait may give up in vain, with nothing changing, before that is a deadlock.

@@ -13,7 +13,7 @@ from cumla.sim.memory.access import reader, writer
 from cumla.sim.memory.arena import WIDEST
 from cumla.sim.memory.faults import Access, fault
 from cumla.sim.memory.locate import locator
-from cumla.sim.memory.spaces import WINDOWS, in_space, plain_space
+from cumla.sim.memory.spaces import WINDOWS, in_space, in_window, plain_space
 from cumla.sim.ptx.syntax import Instruction
 
 SCOPES = frozenset({"cta", "cluster", "gpu", "sys"})
@@ -149,6 +149,8 @@ def st(ins: Instruction, env: Env) -> Op:
         CUDA C Programming Guide "SIMT Architecture": one of a warp's writes to a place is made.
         """
         others = _repeated(c, c.full(address), [c.full(v) for v in values[:count]])
+        if others is not None and space == "generic":
+            others &= ~in_window(c.full(address), "local")
         if others is None:
             write(c, address, values[:count])
             return
@@ -160,7 +162,7 @@ def st(ins: Instruction, env: Env) -> Op:
         )
 
     policy = ("b64",) if form.hinted else ()
-    if env.check_race:
+    if env.check_race and space in ("global", "shared", "generic"):
         run = run_alone
     return Op(run, ("addr", *(form.type,) * count, *policy), cohort=True)
 

@@ -175,6 +175,7 @@ class RaceDetector:
 
     def _meet(self, groups: Groups, whole: Array, size: int) -> None:
         """Groups of lanes meet; a whole one together with the lanes that have exited."""
+        self._order.changes += 1
         now, flows = self._history.now, (self._clocks, *self._order.flows)
         if not whole.all():
             some = groups.pick(~whole)
@@ -208,6 +209,7 @@ class RaceDetector:
         """What was released into the keys happens before what the lanes do from now on."""
         groups, names = self._by_key(gids, keys)
         self._clocks.acquire(groups, names)
+        self._order.changes += 1
         for clocks in self._order.flows:
             clocks.acquire(groups, names)
 

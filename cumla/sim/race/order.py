@@ -21,6 +21,8 @@ from cumla.sim.race.lanes import Groups, Threads
 from cumla.sim.race.report import History, Site
 
 _Pair = tuple[Clock | None, Clock | None]  # for the thread's block, for the device
+_POLLS_KEPT = 256
+_HELD_KEPT = 4096
 _ACQUIRES = ("acquire", "acq_rel")
 _RELEASES = ("release", "acq_rel")
 
@@ -43,8 +45,11 @@ class _Place:
     writer: int = -1
     released: _Pair = (None, None)
 
-    def add(self, block: int, near: Clock | None, wide: Clock | None) -> None:
-        """A thread of the block released near to its block, and wide to the device."""
+    def add(self, block: int, near: Clock | None, wide: Clock | None) -> bool:
+        """A thread of the block released near to its block, wide to the device; whether new."""
+        if len(self.held) > _HELD_KEPT:
+            self.held.clear()
+        before = len(self.held)
         if near is not None and (block, near) not in self.held:
             self.held.add((block, near))
             both = merged(self.near.get(block), near)
@@ -53,6 +58,7 @@ class _Place:
         if wide is not None and (-1, wide) not in self.held:
             self.held.add((-1, wide))
             self.wide = merged(self.wide, wide)
+        return len(self.held) != before
 
 
 class Places:
@@ -72,6 +78,8 @@ class MemoryOrder:
 
     Attributes:
         flows: the clocks that go along when lanes meet: those of fences, narrow and wide.
+        changes: counts what may change the effect of an access. Who lets lanes meet or acquire
+            adds to it.
     """
 
     def __init__(
@@ -81,6 +89,8 @@ class MemoryOrder:
         self.clocks = clocks
         self.history = history
         self.flows: list[FenceClocks] = []
+        self.changes = 0
+        self._idle: dict[tuple[int, bytes, bytes], int] = {}
         self._rows = rows
         self._places = places.places
         self._narrow: FenceClocks | None = None
@@ -97,6 +107,7 @@ class MemoryOrder:
         if order == "acquire":
             return
         now = self.history.now
+        self.changes += 1
         if self._narrow is None:
             self._narrow = FenceClocks(self.threads, self._rows)
             self.flows.append(self._narrow)
@@ -120,7 +131,8 @@ class MemoryOrder:
         if not (self._seen[0] or self._seen[1]):
             return
         here = set(gids.tolist())
-        known: dict[int, Clock | None] = {}
+        self.changes += 1
+        known: dict[int, Clock] = {}
         for seen in self._seen if wide else self._seen[:1]:
             for clock in list(seen):
                 lanes = seen[clock] & here
@@ -130,10 +142,9 @@ class MemoryOrder:
                 if meeting:
                     lanes = {gid // self.threads.lanes * self.threads.lanes for gid in lanes}
                 for gid in lanes:
-                    known[gid] = merged(known.get(gid), clock)
+                    known[gid] = merged(known.get(gid), clock) or clock
         for gid, clock in known.items():
-            if clock is not None:
-                self.clocks.absorb(self._first(gid, here) if meeting else gid, clock)
+            self.clocks.absorb(self._first(gid, here) if meeting else gid, clock)
 
     def _first(self, gid: int, here: set[int]) -> int:
         """The first lane of those here from this one on."""
@@ -157,8 +168,17 @@ class MemoryOrder:
         if not chosen.shape[0]:
             return
         offsets, gids = offsets[chosen], gids[chosen]
+        # Lanes that poll do the same over and over.
+        what = (site.number, offsets.tobytes(), gids.tobytes())
+        if self._idle.get(what) == self.changes:
+            return
+        before = self.changes
         for offset, lanes in self._alike(offsets, gids, site, releases):
             self._access((space, offset), lanes, site, releases)
+        if self.changes == before:
+            self._idle[what] = before
+            if len(self._idle) > _POLLS_KEPT:
+                self._idle.clear()
 
     def _alike(
         self, offsets: Array, gids: Array, site: Site, releases: bool
@@ -195,6 +215,7 @@ class MemoryOrder:
             if place is not None and place.writer == thread:
                 old = place.released
             near, far = merged(old[0], near), merged(old[1], far)
+            self.changes += 1
             if near is None and far is None:
                 self._places.pop(key, None)
                 return
@@ -204,16 +225,20 @@ class MemoryOrder:
             if near is None and far is None:
                 return
             place = self._places[key] = _Place()
-        place.add(block, near, far)
+        self.changes += place.add(block, near, far)
 
     def _see(self, gids: list[int], clock: Clock | None, needs_wide: int, acquires: bool) -> None:
         if clock is None:
             return
         if acquires:
+            self.changes += 1
             for gid in gids:
                 self.clocks.absorb(gid, clock)
-        else:
-            self._seen[needs_wide].setdefault(clock, set()).update(gids)
+            return
+        seers = self._seen[needs_wide].setdefault(clock, set())
+        before = len(seers)
+        seers.update(gids)
+        self.changes += len(seers) != before
 
     def _released(self, gid: int, releases: bool, wide: bool) -> _Pair:
         """What a strong write of the lane releases."""

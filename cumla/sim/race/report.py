@@ -202,18 +202,26 @@ class Reports:
             if old is not None:
                 self.races[key] = replace(old, count=old.count + at.shape[0])
                 continue
-            i = int(at[0])
-            mine = np.sort(offsets[at[threads[at] == threads[i]]])
-            run = np.flatnonzero(np.diff(mine, append=mine[-1] + 2 * nbytes) != nbytes)[0] + 1
+            i = int(at[np.argmax(self._apart(states[at], threads[at]))])
+            alike = (states ^ states[i] | threads ^ threads[i]) & self.layout.threads == 0
+            mine = np.unique(offsets[at[alike[at]]])
+            # Of the stretches of bytes without a gap, the one that holds this conflict.
+            edges = np.flatnonzero(np.diff(mine) != nbytes) + 1
+            stretch = next(s for s in np.split(mine, edges) if offsets[i] in s)
             self.races[key] = self._race(
                 space,
-                int(mine[0]),
-                nbytes * int(run),
+                int(stretch[0]),
+                nbytes * stretch.shape[0],
                 int(states[i]),
                 int(threads[i]),
                 site,
                 at.shape[0],
             )
+
+    def _apart(self, states: Array, threads: Array) -> Array:
+        """How much it takes to order each two threads: a warp's barrier, a block's, or more."""
+        apart = (states ^ threads) & self.layout.threads
+        return (apart >> 5 != 0) + (apart >> self.layout.local_bits != 0).astype(np.int64)
 
     def _race(
         self, space: str, offset: int, nbytes: int, state: int, thread: int, site: Site, count: int
