@@ -24,8 +24,8 @@ extern "C" __global__ void elementwise(const float* x, float* y, int n, int roun
         float a = x[i];
         float b = a;
         for (int r = 0; r < rounds; ++r) {
-            a = a * 0.5f + 1.0f;
-            b = fmaxf(b - a, 0.25f * b);
+            a = a * 0.7f + 1.3f;
+            b = fmaxf(b * 0.9f, a - 0.3f * b);
             b = ((i >> (r & 7)) & 1) ? b + 1.0f : b;
         }
         y[i] = a + b;

@@ -42,6 +42,11 @@ KEPT = {
     "f32": np.dtype(np.float32),
     "f64": np.dtype(np.float64),
 }
+# Instructions whose functions give [n] or [1] also where literals are given as scalars; not for
+# packed types.
+TAKE_SCALARS = frozenset(
+    {"add", "sub", "mul", "mad", "fma", "and", "or", "xor", "shl", "shr", "setp", "min", "max"}
+)
 SERIAL = count()  # so that each function has a file name of its own
 CONDITION = "cc"  # the condition code register of add.cc and the like
 
@@ -103,7 +108,7 @@ class Writer:
 
     def array(self, value: Any, dtype: Any) -> str:
         made = np.array([value]).astype(dtype) if not isinstance(value, np.ndarray) else value
-        key = ("constant", made.tobytes(), str(made.dtype))
+        key = ("constant", made.tobytes(), str(made.dtype), made.shape)
         if key not in self.known:
             self.known[key] = self.constant(made)
         return self.known[key]
@@ -220,8 +225,18 @@ class Writer:
         names = []
         if kinds[-1:] == (CONDITION,):
             kinds = kinds[:-1]
+        # NumPy takes half the time for [n] with a scalar that it takes for [n] with [1].
+        scalars = (
+            ins.opcode in TAKE_SCALARS
+            and any(isinstance(o, Register) for o in operands)
+            and not any(kind.endswith("x2") for kind in kinds)
+        )
         for operand, kind in zip(operands, kinds, strict=True):
-            names.append(self.source(ins, operand, kind))
+            if scalars and isinstance(operand, Immediate):
+                value = immediate(operand, DTYPES[kind]).astype(DTYPES[kind])
+                names.append(self.array(value.reshape(()), DTYPES[kind]))
+            else:
+                names.append(self.source(ins, operand, kind))
         if op.sources[-1:] == (CONDITION,):
             names.append(self.register(self.owner.numbers[CONDITION], KEPT["pred"]))
         return names

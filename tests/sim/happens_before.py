@@ -60,7 +60,7 @@ class Program:
         self.before: list[int] = []
         self.flow: list[int] = []  # the same without synchronisation through memory
         self.last: dict[tuple[int, int], int] = {}
-        self.accesses: list[Did] = []
+        self.accesses: dict[tuple[str, int], list[Did]] = {}  # by space and group of 8 bytes
         self.looks: dict[tuple[str, int], Look] = {}
         self.observed: dict[tuple[int, int], list[int]] = {}  # node of a write, byte: lookers
         self.fences: dict[int, bool] = {}  # node: whether wide
@@ -145,7 +145,7 @@ class Program:
         """
         for did in dids:
             did.node = self.step(did.thread)
-            for old in self.accesses:
+            for old in self._near(did):
                 bytes_ = self._overlap(old, did)
                 if not bytes_ or (old.kind == "read" and did.kind == "read"):
                     continue
@@ -157,14 +157,28 @@ class Program:
                 sure = {at for at in bytes_ if not self._replaced(old, did.node, at)}
                 if bytes_:
                     self.races.append((old, did, bytes_, sure))
-            self.accesses.append(did)
+            for place in self._groups(did):
+                self.accesses.setdefault(place, []).append(did)
             self._through_memory(did)
 
     def _replaced(self, a: Did, node: int, byte: int) -> bool:
         return any(
             byte in self._overlap(a, b) and self.ordered(a, b.node) and self.looked(b, node, byte)
-            for b in self.accesses
+            for b in self._near(a)
         )
+
+    @staticmethod
+    def _groups(did: Did) -> list[tuple[str, int]]:
+        first, last = did.offset >> 3, (did.offset + did.nbytes - 1) >> 3
+        return [(did.space, at) for at in range(first, last + 1)]
+
+    def _near(self, did: Did) -> list[Did]:
+        """Accesses that may overlap, in their order."""
+        places = self._groups(did)
+        if len(places) == 1:
+            return self.accesses.get(places[0], [])
+        found = {id(a): a for place in places for a in self.accesses.get(place, [])}
+        return sorted(found.values(), key=lambda a: a.node)
 
     @staticmethod
     def _overlap(a: Did, b: Did) -> set[int]:

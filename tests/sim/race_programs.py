@@ -18,7 +18,7 @@ def instruction(number):
     return Instruction("ld", (), (), None, number + 1, None, f"ld {number};", number)
 
 
-def fake_wave(lanes, block_ids, active, grid):
+def fake_wave(lanes, block_ids, active, grid, stride=STRIDE):
     live = np.zeros(len(block_ids) * lanes, np.bool_)
     for slot in range(len(block_ids)):
         live[slot * lanes + np.array(active)] = True
@@ -29,8 +29,8 @@ def fake_wave(lanes, block_ids, active, grid):
         lanes_per_block=lanes,
         threads_per_block=lanes,
         live=live,
-        shared_stride=STRIDE,
-        shared_size=STRIDE,
+        shared_stride=stride,
+        shared_size=stride,
         slots=len(block_ids),
     )
 
@@ -38,9 +38,10 @@ def fake_wave(lanes, block_ids, active, grid):
 class Both:
     """A program told to the detector and to the definition; `check` compares what they found."""
 
-    def __init__(self, lanes, active, waves):
+    def __init__(self, lanes, active, waves, stride=STRIDE):
         self.lanes = lanes
         self.active = active
+        self.stride = stride
         self.grid = sum(len(blocks) for blocks in waves)
         self.program = Program(lanes)
         self.detector = None
@@ -52,7 +53,7 @@ class Both:
 
     def wave(self, blocks):
         self.blocks = blocks
-        self.now = fake_wave(self.lanes, blocks, self.active, self.grid)
+        self.now = fake_wave(self.lanes, blocks, self.active, self.grid, self.stride)
         if self.detector is None:
             self.detector = RaceDetector(self.now)
             self.detector._reports.add = self.reported
@@ -69,12 +70,10 @@ class Both:
             second = self.thread(int(thread))
             at = int(offset)
             if space == "shared":
-                at += self.blocks.index(second[0]) * STRIDE
+                at += self.blocks.index(second[0]) * self.stride
             first = self.thread(int(state) & layout.threads)
             for byte in range(at, at + nbytes):
-                self.found.append(
-                    (self.number, (name, byte), first, self.event_of[stamp], second)
-                )
+                self.found.append((self.number, (name, byte), first, self.event_of[stamp], second))
 
     def thread(self, packed):
         layout = self.detector._layout
@@ -162,7 +161,7 @@ class Both:
     def release(self, gids, keys):
         self.next("release", gids, keys)
         self.detector.release(np.array(gids), keys if isinstance(keys, int) else np.array(keys))
-        for gid, key in zip(gids, [keys] * len(gids) if isinstance(keys, int) else keys):
+        for gid, key in zip(gids, np.broadcast_to(keys, len(gids)).tolist(), strict=True):
             self.program.release([self.of(gid)], key)
 
     def acquire(self, gids, keys):

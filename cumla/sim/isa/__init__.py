@@ -26,6 +26,7 @@ FAMILIES = (
     "mbarrier",
     "barrier",
     "fence",
+    "video",
     "misc",
     "system",
 )

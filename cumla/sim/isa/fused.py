@@ -79,8 +79,8 @@ def _mend_ties(product: Array, c: Array, total: Array, result: Array) -> None:
     tiny = np.abs(total) < SMALLEST_NORMAL
     if np.count_nonzero(tiny):
         doubtful |= tiny & (total != 0)
-    lanes = np.flatnonzero(doubtful)
-    if lanes.size:
+    if np.count_nonzero(doubtful):
+        lanes = np.flatnonzero(doubtful)
         total = odd_sum(pick(product, lanes), pick(c, lanes).astype(np.float64))
         result[lanes] = total.astype(np.float32)
 

@@ -79,12 +79,17 @@ def _demand_registers(ins: Instruction, operand: int, count: int) -> None:
 # Who gives addresses
 
 
-def _addressing(c: Cohort, lanes: int) -> tuple[Cohort, Array | None]:
-    """The first lanes of each warp, and which of [n] they are (None: all)."""
+def _addressing(c: Cohort, lanes: int, address: Array) -> tuple[Cohort, Array]:
+    """The first lanes of each warp, and their addresses."""
     if lanes == WARP:
-        return c, None
+        return c, address
+    one = address.shape[0] == 1
+    if c.whole:
+        gids = c.gids.reshape(-1, WARP)[:, :lanes].reshape(-1)
+        sub = Cohort(c.wave, gids, [], whole=False)
+        return sub, address if one else address.reshape(-1, WARP)[:, :lanes].reshape(-1)
     mask = (c.gids & (WARP - 1)) < lanes
-    return c.subset(mask), mask
+    return c.subset(mask), address if one else address[mask]
 
 
 def _rows_by_warp(c: Cohort, rows: Array, lanes: int) -> Array:
@@ -133,9 +138,7 @@ def ldmatrix(ins: Instruction, env: Env) -> Op:
     fetch = fetches[form.kind](ins, env, form.space)
 
     def run(c: Cohort, address: Array) -> Any:
-        sub, mask = _addressing(c, lanes)
-        if mask is not None and address.shape[0] > 1:
-            address = address[mask]
+        sub, address = _addressing(c, lanes, address)
         rows = _rows_by_warp(c, sub.full(fetch(sub, address)), lanes)
         warps = rows.shape[0]
         if wide:
@@ -167,8 +170,11 @@ def _plain_rows(ins: Instruction, env: Env, space: str) -> Fetch:
 def _four_bit_rows(ins: Instruction, env: Env, space: str) -> Fetch:
     """16 elements of 4 bits in 8 bytes, each to a byte of its own; 8 bytes of padding follow."""
     read = reader(ins, env, space, np.uint64)
+    refuse = reader(ins, env, space, ROW)
 
     def fetch(c: Cohort, address: Array) -> Array:
+        if np.bitwise_or.reduce(address) & 15:
+            refuse(c, address)
         packed = read(c, address)[0].view(np.uint8)
         rows = np.empty((packed.shape[0], 2), np.uint8)
         rows[:, 0] = packed & 0xF
@@ -182,13 +188,16 @@ def _six_bit_rows(ins: Instruction, env: Env, space: str) -> Fetch:
     """16 elements of 6 bits in 12 bytes, each to a byte of its own; 4 bytes of padding follow."""
     read_first = reader(ins, env, space, np.uint64)
     read_last = reader(ins, env, space, np.uint32)
+    refuse = reader(ins, env, space, ROW)
 
     def fetch(c: Cohort, address: Array) -> Array:
+        if np.bitwise_or.reduce(address) & 15:
+            refuse(c, address)
         first = read_first(c, address)[0]
         last = read_last(c, address + 8)[0].astype(np.uint64)
-        elements = [first >> 6 * i for i in range(10)]
+        elements = [first >> (6 * i) for i in range(10)]
         elements.append((first >> 60) | (last << 4))
-        elements += [last >> 6 * i - 64 for i in range(11, 16)]
+        elements += [last >> (6 * i - 64) for i in range(11, 16)]
         rows = np.stack(elements, axis=-1).astype(np.uint8) & 0x3F
         return rows.reshape(-1).view(ROW)
 
@@ -229,9 +238,7 @@ def stmatrix(ins: Instruction, env: Env) -> Op:
         rows = np.ascontiguousarray(found).reshape(-1).view(ROW)
         if not c.whole:
             rows = rows[c.active[:, :lanes].reshape(-1)]
-        sub, mask = _addressing(c, lanes)
-        if mask is not None and address.shape[0] > 1:
-            address = address[mask]
+        sub, address = _addressing(c, lanes, address)
         write(sub, address, (rows,))
 
     return _aligned(ins, run, ("addr",) + ("b32",) * matrices, ())

@@ -56,7 +56,7 @@ def panels_op(
 ) -> Op:
     """The Op of mma instructions that are worked on as panels."""
 
-    def run(c: Cohort, *values: Array) -> tuple[Array, ...]:
+    def run(c: Cohort, *values: Array) -> Any:
         if env.count:
             for ins in instructions:
                 c.wave.counters.flops(ins, c, form.flops)
@@ -67,7 +67,9 @@ def panels_op(
         made: list[Any] = [None] * results
         for panel in panels:
             panel.run(values, lanes, made)
-        return tuple(made) if c.whole else tuple(c.from_warps(x) for x in made)
+        if not c.whole:
+            made = [c.from_warps(x) for x in made]
+        return made[0] if results == 1 else tuple(made)
 
     return Op(
         run,

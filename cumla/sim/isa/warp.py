@@ -29,6 +29,7 @@ Array = NDArray[Any]
 
 NAN_BITS = np.uint32(0x7FFFFFFF)
 _FULL_BITS = np.array([FULL], np.uint32)
+_FIRST_LANE = np.zeros(1, np.uint32)
 
 
 def _synchronous(
@@ -75,12 +76,12 @@ def shfl(ins: Instruction, env: Env) -> Op:
     def run(c: Cohort, a: Array, b: Array, clamp: Array, masks: Array) -> Any:
         group = members(ins, c, masks)
         if group is None and b.shape[0] == 1 and clamp.shape[0] == 1:
-            source, inside = _route(mode, int(b[0]), int(clamp[0]))
+            source = _route(mode, int(b[0]), int(clamp[0]))[0]
             if a.shape[0] == 1:
                 value = a
             else:
                 value = a.reshape(-1, WARP).take(source, axis=1, mode="clip").reshape(-1)
-            return (value, np.tile(inside, c.n // WARP)) if pair else value
+            return (value, _tiled(mode, int(b[0]), int(clamp[0]), c.n)) if pair else value
         sources, insides = _sources(mode, c.to_warps(b), c.to_warps(clamp))
         first = np.arange(0, sources.size, WARP, dtype=np.int64)[:, None]
         values = c.to_warps(a).reshape(-1).take(sources + first, mode="clip")
@@ -98,6 +99,12 @@ def _route(mode: str, b: int, clamp: int) -> tuple[Array, Array]:
     """`_sources` for operands that are the same in all lanes: [32] and [32]."""
     sources, inside = _sources(mode, np.array([[b]], np.uint32), np.array([[clamp]], np.uint32))
     return sources[0], inside[0]
+
+
+@lru_cache(maxsize=64)
+def _tiled(mode: str, b: int, clamp: int, lanes: int) -> Array:
+    """Whether each lane of whole warps reads from a lane in range."""
+    return np.tile(_route(mode, b, clamp)[1], lanes // WARP)
 
 
 def _sources(mode: str, b: Array, clamp: Array) -> tuple[Array, Array]:
@@ -180,7 +187,7 @@ def elect(ins: Instruction, env: Env) -> Op:
     def run(c: Cohort, masks: Array) -> tuple[Array, Array]:
         group = members(ins, c, masks)
         if group is None:
-            return np.zeros(1, np.uint32), np.tile(LANES == 0, c.n // WARP)
+            return _FIRST_LANE, c.lanes == _FIRST_LANE
         leader = unpack(group).argmax(axis=-1).astype(np.uint32)
         return c.from_warps(leader), c.from_warps(leader == LANES)
 
