@@ -22,7 +22,7 @@ SCALE = """extern "C" __global__ void scale(float* x, float by, int n) {
 """
 
 
-@pytest.fixture()
+@pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "scale.cu"
     path.write_text(SCALE)

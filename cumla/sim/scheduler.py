@@ -2,13 +2,15 @@
 
 Lanes of all warps and blocks of a wave that stand at the same place step together. Lanes that have
 to wait are parked and asked again when nobody else can move. A cohort in a loop that changes
-nothing, neither memory nor a register, spins: it is parked until memory changes. If at last
-nobody can move, the launch is deadlocked.
+nothing, neither memory nor a register, spins: it is parked until memory changes. If its lanes part
+and meet in the loop, what it does may depend on others all the same, so it only lets everybody else
+go first. If at last nobody can move, or all that do come back to where they were, the launch is
+deadlocked.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,10 +23,18 @@ from cumla.sim.wave import Wave
 
 # Rounds of a loop before its state is compared between rounds; compared again at each doubling.
 FIRST_SPIN_TEST = 4
-# Rounds after which a loop lets others run, though its state still changes.
+# Rounds, or turns, after which a loop lets others run, though its state still changes.
 LONG_TURN = 1 << 14
 # How often try_wait may give up in vain, with nothing changing, before that is a deadlock.
 VAIN_ROUNDS = 4
+
+
+class _State(NamedTuple):
+    """What decides how a cohort goes on from a place, as long as it meets nobody."""
+
+    version: int
+    gids: NDArray[np.int64]
+    regs: list[Any]
 
 
 class Scheduler:
@@ -38,6 +48,14 @@ class Scheduler:
         self.parked: dict[int, list[Cohort]] = {}
         # Spinning cohorts, with the wave's version that they have seen (None: let others go first).
         self.spinning: list[tuple[int, Cohort, int | None]] = []
+        # Turns since somebody let others go first, and since memory last changed, at each place for
+        # each group of lanes: how many, and the version and registers to compare the next one with.
+        self.turns = 0
+        self.visits: dict[tuple[int, int, int], tuple[int, _State | None]] = {}
+        self.version = 0
+        # Where everybody was when spinning lanes last went on.
+        self.resumed = 0
+        self.standstill: list[tuple[int, _State]] | None = None
 
     def run(self) -> None:
         wave = self.wave
@@ -50,9 +68,9 @@ class Scheduler:
                 self.turn()
             if not self.parked and not self.spinning:
                 return
-            if self.wake():
+            if self.wake() or self.resume():
                 continue
-            if wave.copies.deliver_all_arrivals() and self.wake():
+            if wave.copies.deliver_all_arrivals() and (self.wake() or self.resume()):
                 continue
             vain = vain + 1 if wave.version == expired_at else 0
             expired_at = wave.version
@@ -71,7 +89,7 @@ class Scheduler:
         found = False
         spinning, self.spinning = self.spinning, []
         for place, cohort, version in spinning:
-            if version == self.wave.version:
+            if version is None or version == self.wave.version:
                 self.spinning.append((place, cohort, version))
             else:
                 self.runnable.setdefault(place, []).append(cohort)
@@ -88,20 +106,68 @@ class Scheduler:
                     self.runnable.setdefault(place, []).append(ready)
         return found
 
+    def resume(self) -> bool:
+        """Let those go on who let others go first, unless all stand as they once did before."""
+        if all(version is not None for _, _, version in self.spinning):
+            return False
+        now = [(place, cohort) for place, cohort, _ in self.spinning]
+        now += [(place, cohort) for place, parked in self.parked.items() for cohort in parked]
+        now.sort(key=lambda at: (at[0], int(at[1].gids[0])))
+        before = self.standstill
+        if before is not None and len(before) == len(now):
+            pairs = zip(now, before, strict=True)
+            if all(at == old and self.unchanged(at, c, state) for (at, c), (old, state) in pairs):
+                return False
+        self.resumed += 1
+        if self.resumed & (self.resumed - 1) == 0:
+            self.standstill = [(place, self.state(cohort)) for place, cohort in now]
+        spinning, self.spinning = self.spinning, []
+        for place, cohort, version in spinning:
+            if version is None:
+                self.runnable.setdefault(place, []).append(cohort)
+            else:
+                self.spinning.append((place, cohort, version))
+        self.visits.clear()
+        return True
+
     def turn(self) -> None:
         """Run the lowest cohort until it waits, ends, parts or is no longer the lowest."""
         place = min(self.runnable)
         cohorts = self.runnable.pop(place)
         if place in self.parked:
             cohorts = cohorts + self.parked.pop(place)
-        self.follow(place, self.merge(place, cohorts))
+        cohort = self.merge(place, cohorts)
+        if self.yields(place, cohort):
+            self.spinning.append((place, cohort, None))
+        else:
+            self.follow(place, cohort)
+
+    def yields(self, place: int, cohort: Cohort) -> bool:
+        """Whether lanes come here again as they were before, or have had very many turns."""
+        self.turns += 1
+        if self.turns % LONG_TURN == 0 and (self.runnable or self.parked or self.spinning):
+            return True
+        if self.version != self.wave.version:
+            self.version = self.wave.version
+            self.visits.clear()
+        key = (place, int(cohort.gids[0]), cohort.n)
+        count, seen = self.visits.get(key, (0, None))
+        if seen is not None:
+            if self.unchanged(place, cohort, seen):
+                return True
+            seen = None
+        count += 1
+        if count >= FIRST_SPIN_TEST and count & (count - 1) == 0:
+            seen = self.state(cohort)
+        self.visits[key] = (count, seen)
+        return False
 
     def follow(self, place: int, cohort: Cohort, once: bool = False) -> None:
         wave = self.wave
         places = self.places
         limit = min(self.runnable) if self.runnable else len(places)
         rounds = 0
-        seen: tuple[int, int, list[Any]] | None = None
+        seen: tuple[int, _State] | None = None
         while True:
             here = places[place]
             if here.gate is not None and not (here.warp_gate and cohort.whole):
@@ -130,12 +196,12 @@ class Scheduler:
                 # A loop: is it one that cannot end unless others change memory?
                 rounds += 1
                 if seen is not None and seen[0] == following:
-                    if self.unchanged(following, cohort, seen):
+                    if self.unchanged(following, cohort, seen[1]):
                         self.spinning.append((following, cohort, wave.version))
                         return
                     seen = None
                 if rounds >= FIRST_SPIN_TEST and rounds & (rounds - 1) == 0:
-                    seen = (following, wave.version, list(cohort.regs))
+                    seen = (following, self.state(cohort))
                 if rounds % LONG_TURN == 0 and (self.runnable or self.parked or self.spinning):
                     self.spinning.append((following, cohort, None))
                     return
@@ -199,13 +265,18 @@ class Scheduler:
                 regs[number] = np.concatenate(whole)[order]
         return Cohort(self.wave, gids[order], regs)
 
-    def unchanged(self, place: int, cohort: Cohort, seen: tuple[int, int, list[Any]]) -> bool:
-        """Whether a round of a loop changed neither memory nor a live register."""
-        if seen[1] != self.wave.version:
+    def state(self, cohort: Cohort) -> _State:
+        return _State(self.wave.version, cohort.gids, list(cohort.regs))
+
+    def unchanged(self, place: int, cohort: Cohort, before: _State) -> bool:
+        """Whether the lanes are at a place as they were before: memory, live registers."""
+        if before.version != self.wave.version:
+            return False
+        if cohort.gids is not before.gids and not np.array_equal(cohort.gids, before.gids):
             return False
         for number in self.places[place].live:
-            now, before = cohort.regs[number], seen[2][number]
-            if now is not before and now.tobytes() != before.tobytes():
+            now, old = cohort.regs[number], before.regs[number]
+            if now is not old and now.tobytes() != old.tobytes():
                 return False
         return True
 

@@ -130,8 +130,9 @@ def test_json_table_and_page() -> None:
     data = json.loads(counters.to_json())
     assert (data["kernel"], data["grid"], data["block"]) == ("k", [2, 2, 1], [32, 32, 1])
     assert data["total"]["shared_wavefronts"] == 33 * 128
-    assert sum(r["warp_instructions"] for r in data["lines"].values()) == (
-        data["total"]["warp_instructions"]
+    assert (
+        sum(r["warp_instructions"] for r in data["lines"].values())
+        == (data["total"]["warp_instructions"])
     )
     table = counters.table()
     assert "4,224" in table

@@ -13,8 +13,8 @@ from cumla.sim.errors import MemoryFault
 from cumla.sim.isa.table import Op, Unsupported
 from cumla.sim.memory.spaces import SHARED_WINDOW
 from cumla.sim.ptx.syntax import Address, Register, Vector
-from tests.sim.ops import op
-from tests.sim.waves import Recorder, cohort, make_wave
+from sim.ops import op
+from sim.waves import Recorder, cohort, make_wave
 
 SHARED = 8192
 # gids of the lanes that run, in two blocks of two warps

@@ -6,6 +6,8 @@ the type of D.
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -22,7 +24,7 @@ from cumla.sim.isa.mma_forms import ELEMENTS, parse
 from cumla.sim.isa.mma_fusion import fuse
 from cumla.sim.isa.table import Env, Op, Unsupported, lookup
 from cumla.sim.ptx.syntax import Guard, Immediate, Instruction, Register, Sink, Vector
-from tests.sim.ops import instruction, op
+from sim.ops import instruction, op
 
 Rng = np.random.Generator
 # PTX name -> type of ml_dtypes or NumPy, bits of an element, and where they lie in their room.
@@ -494,6 +496,20 @@ def test_infinity_and_nan(form: str) -> None:
         assert got[0][8] == 0
 
 
+@pytest.mark.parametrize("one_value", [False, True])
+@pytest.mark.parametrize("zero", [0, 1 << 31])
+def test_what_rounds_to_minus_zero(one_value: bool, zero: int) -> None:
+    tiny = float_bits(2.0**-100)
+    registers = [np.full(32, tiny | tiny << 16)] * 4 + [np.full(32, tiny | 1 << 15)] * 2
+    registers += [np.full(1 if one_value else 32, zero)] * 4
+    got = call(made_op(SOME[0]), cohort(32), [r.astype(np.uint32) for r in registers])
+    assert all(set(r.tolist()) == {zero} for r in got)
+
+
+def float_bits(x: float) -> int:
+    return int(np.array([x], ml_dtypes.bfloat16).view(np.uint16)[0])
+
+
 # Fusion
 
 
@@ -613,12 +629,37 @@ def test_any_program_fused(form: str, seed: int) -> None:
 
 
 def mixed(form: str, d: str, a: str, b: str, c: str) -> Instruction:
-    """A that has an accumulator in it, and C that is of two others."""
+    """A that has an accumulator in it."""
     counts = parse(instruction(name_of(form))).registers()
     d_, a_, b_, c_ = map(vector, (d, a, b, c), counts)
-    a_ = Vector((*c_.items, *a_.items[2:]))
-    c_ = Vector((c_.items[1], c_.items[0]))
-    return instruction(name_of(form), d_, a_, b_, c_)
+    return instruction(name_of(form), d_, Vector((*c_.items, *a_.items[2:])), b_, c_)
+
+
+ODD = {
+    "A has D in it": lambda c, d, a, b: ((*d[:2], *a[2:]), b, c),
+    "B has D in it": lambda c, d, a, b: (a, (d[1], *b[1:]), c),
+    "C is D in another order": lambda c, d, a, b: (a, b, d[::-1]),
+    "C is half of D": lambda c, d, a, b: (a, b, (*d[:1], *c[1:])),
+    "C has D at its end": lambda c, d, a, b: (a, b, (*c[:1], *d[1:])),
+    "C is D twice": lambda c, d, a, b: (a, b, d),
+}
+
+
+@pytest.mark.parametrize("form", [SOME[0], SOME[1]])
+@pytest.mark.parametrize("odd", list(ODD))
+def test_what_cannot_be_one_operation(form: str, odd: str) -> None:
+    name = name_of(form)
+    counts = parse(instruction(name)).registers()
+    d, a, b, c = map(vector, "dabc", counts)
+    others = ODD[odd](c.items, d.items, a.items, b.items)
+    second = [instruction(name, vector(x, counts[0]), *map(Vector, others)) for x in "ef"]
+    program = [instruction(name, d, a, b, c), *second]
+    lanes = cohort(64)
+    values = fill(program, 64, np.random.default_rng(9))
+    want = interpret(program, values, lanes)
+    got, groups = run_fused(program, values, lanes, None)
+    assert same(got, want, set(want))
+    assert groups > 1
 
 
 @pytest.mark.parametrize("form", [SOME[0], SOME[2]])
@@ -636,6 +677,27 @@ def test_warps_in_parts(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(mma_panels, "WORKING_SET", size)
         got, _ = run_fused(program, values, c, None)
         assert same(got, want, set(want))
+
+
+def test_sizes_of_cohorts_are_not_kept_for_ever() -> None:
+    made = made_op(SOME[0])
+    registers = warp_registers(SOME[0], 32, np.random.default_rng(1))
+    want = call(made, cohort(32), registers)
+    spaces = weakref.WeakSet[Any]()
+    make = mma_panels._Space
+
+    def remembered(*arguments: Any) -> Any:
+        space = make(*arguments)
+        spaces.add(space)
+        return space
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mma_panels, "_Space", remembered)
+        for warps in range(1, 40):
+            got = call(made, cohort(32 * warps), [np.tile(r, warps) for r in registers])
+            assert all(np.array_equal(x[-32:], y) for x, y in zip(got, want, strict=True))
+    gc.collect()
+    assert 0 < len(spaces) < 20
 
 
 def test_forms_do_not_mix() -> None:

@@ -40,15 +40,18 @@ def matmul_kernel(  # type: ignore[no-untyped-def]
     for k in range(0, K, BK):
         left = tl.load(
             a + rows[:, None] * K + (k + ks)[None, :],
-            mask=(rows[:, None] < M) & ((k + ks)[None, :] < K), other=0.0,
+            mask=(rows[:, None] < M) & ((k + ks)[None, :] < K),
+            other=0.0,
         )
         right = tl.load(
             b + (k + ks)[:, None] * N + columns[None, :],
-            mask=((k + ks)[:, None] < K) & (columns[None, :] < N), other=0.0,
+            mask=((k + ks)[:, None] < K) & (columns[None, :] < N),
+            other=0.0,
         )
         total = tl.dot(left, right, total)
     tl.store(
-        c + rows[:, None] * N + columns[None, :], total,
+        c + rows[:, None] * N + columns[None, :],
+        total,
         mask=(rows[:, None] < M) & (columns[None, :] < N),
     )
 
@@ -75,7 +78,11 @@ class Compiled:
     """A Triton kernel as PTX on a device."""
 
     def __init__(
-        self, function: Any, signature: dict[str, str], constants: dict[str, Any], target: str,
+        self,
+        function: Any,
+        signature: dict[str, str],
+        constants: dict[str, Any],
+        target: str,
         **options: Any,
     ) -> None:
         from triton.backends.compiler import GPUTarget

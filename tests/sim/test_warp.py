@@ -15,7 +15,7 @@ from cumla.sim.errors import KernelTrap, Where
 from cumla.sim.isa.convergence import converged, members, waits_for_lanes, whole_warps
 from cumla.sim.isa.table import Unsupported
 from cumla.sim.ptx.syntax import Pair, Register
-from tests.sim.ops import instruction, op
+from sim.ops import instruction, op
 
 FULL = 0xFFFFFFFF
 PAIR = Pair(Register("%d"), Register("%p"))

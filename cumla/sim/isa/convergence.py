@@ -91,7 +91,7 @@ def members(ins: Instruction, cohort: Cohort, masks: Array) -> Array | None:
         other = int(differ[warp, lane]).bit_length() - 1
         what = f"names lane {other}, whose membermask is 0x{masks[warp, other]:08x}"
         raise _trap(ins, cohort, warp, lane, masks, what)
-    return masks & alike
+    return alike
 
 
 def _trap(

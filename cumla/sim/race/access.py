@@ -15,9 +15,10 @@ from cumla.sim.cohort import Array
 from cumla.sim.race.clocks import Clocks
 from cumla.sim.race.lanes import Lanes
 from cumla.sim.race.layout import SPECIAL, SPLIT
+from cumla.sim.race.log import ends
 from cumla.sim.race.observed import Observations
 from cumla.sim.race.report import Reports, Site
-from cumla.sim.race.shadow import Level, Shadow, ends
+from cumla.sim.race.shadow import Level, Shadow
 
 _ANYTHING = np.array(1)  # the limit where other blocks may have been: any state counts
 _SPLIT = np.array(SPLIT)
@@ -124,12 +125,14 @@ class Accesses:
             if found:
                 if found == read.size and not site.strength:
                     # What many lanes read over and over: there is nothing to decide.
-                    flags = layout.many_cross if step.shadow.paged else layout.many_flag
+                    flags = layout.all_cross if step.shadow.paged else layout.all_wide
                     if _count((reads & flags) == flags) == found:
                         level.log.add(step.stamp, cells, values)
                         level.reads[cells] = values | flags
                         return
                 values = self._together(level, cells, step, reads, read, writes if recent else None)
+            if recent and site.strength:
+                level.log.add(step.stamp, cells, values)  # for `Observations`
             states = level.reads
         states[cells] = values
         left = states.take(cells)
@@ -205,10 +208,21 @@ class Accesses:
             bad[rest] = ~self.clocks.known(gids[rest], states[rest] & layout.threads, stamps)
         if _count(bad):
             self._report(level, cells[bad], states[bad], gids[bad], threads[bad], step)
+        if _count(many) and ended is not None:
+            noted = step.shadow.reads_by_warp(level, cells)
+            many &= ~self._known_by_warps(noted, gids, ended)
         if _count(many):
             if ended is not None:
                 ended = ended[many]
             self._consult(level, cells[many], gids[many], threads[many], step, ended)
+
+    def _known_by_warps(self, noted: Array | None, gids: Array, ended: Array) -> Array:
+        """Whether each lane knows all that any warp did up to its last read, noted, of a cell."""
+        if noted is None:
+            return np.zeros(gids.shape[0], np.bool_)
+        after = ended[:, None] >> self.layout.stamp_shift
+        known: Array = (noted <= self.clocks.known_warps(gids)) | (noted <= after)
+        return np.logical_and.reduce(known, axis=1)
 
     def _exempt(self, states: Array, threads: Array, strength: int) -> Array:
         """Which accesses may be at the same time as one of this strength by these threads."""
@@ -231,19 +245,21 @@ class Accesses:
         """Find conflicts with logged reads newer than ended; where that is None, with writes."""
         layout = self.layout
         kind = layout.write if ended is None else 0
-        for shift, above in enumerate(step.shadow.above(level)):
-            i, states = above.log.find(cells >> shift, above.writes, layout)
-            mine = threads[i]
-            need = ((states & layout.write) == kind) & ((states ^ mine) & layout.threads != 0)
-            if ended is not None:
-                need &= states & layout.stamps > ended[i]
-            need &= ~self._exempt(states, mine, step.site.strength)
-            i, states = i[need], states[need]
-            stamps = (states & layout.stamps) >> layout.stamp_shift
-            bad = ~self.clocks.known(gids[i], states & layout.threads, stamps)
-            i, states = i[bad], states[bad]
-            if i.shape[0]:
-                self._report(level, cells[i], states, gids[i], threads[i], step)
+        i, states = step.shadow.logged_at(level, cells)
+        stamps = states & layout.stamps
+        # A weak write ends the matter, as in `ends`, if it is one of many as well.
+        last = np.zeros(cells.shape[0], np.int64) if ended is None else ended + 1
+        weak = (states & (layout.write | layout.strengths)) == layout.write
+        np.maximum.at(last, i[weak], stamps[weak])
+        mine = threads[i]
+        need = ((states & layout.write) == kind) & ((states ^ mine) & layout.threads != 0)
+        need &= (stamps >= last[i]) & ~self._exempt(states, mine, step.site.strength)
+        i, states = i[need], states[need]
+        stamps = stamps[need] >> layout.stamp_shift
+        bad = ~self.clocks.known(gids[i], states & layout.threads, stamps)
+        i, states = i[bad], states[bad]
+        if i.shape[0]:
+            self._report(level, cells[i], states, gids[i], threads[i], step)
 
     def _together(
         self,
@@ -267,13 +283,15 @@ class Accesses:
             merge &= ~(ends(writes, layout) & (states & layout.stamps <= writes & layout.stamps))
         if not _count(merge):
             return values
-        if _count(merge & ((states & layout.many_flag) == 0)):
-            level.log.add(step.stamp - 1, cells, states)
+        single = merge & ((states & layout.many_flag) == 0)
+        if _count(single):
+            level.log.add(step.stamp - 1, cells[single], states[single])
         level.log.add(step.stamp, cells, values)
         flags = np.multiply(merge, layout.many_flag)
+        apart = states ^ step.lanes.threads
+        flags |= np.multiply(merge & ((apart & layout.warp_alone) != 0), layout.wide_flag)
         if step.shadow.paged:
-            apart = ((states ^ step.lanes.threads) & layout.block_alone) != 0
-            flags |= np.multiply(apart & merge, layout.cross_flag)
+            flags |= np.multiply(merge & ((apart & layout.block_alone) != 0), layout.cross_flag)
         if not strength:
             return values | flags
         least = np.minimum(before, strength) << layout.strength_shift
@@ -295,7 +313,8 @@ class Accesses:
         at, lane = cells[clash], clash.nonzero()[-1]
         values = np.broadcast_to(values, cells.shape)[clash]
         left = left[clash]
-        far = ((left ^ values) & layout.blocks) != 0
+        apart = left ^ values
+        far = (apart & layout.blocks) != 0
         if site.writes and site.strength < 2:
             bad = far if site.strength else np.ones(far.shape, np.bool_)
             if _count(bad):
@@ -304,7 +323,10 @@ class Accesses:
             if not site.strength:
                 return
         states[at] = left | layout.many
-        # Of the lanes that lost at a cell, one may be of the winner's block and one not.
+        # Of the lanes that lost at a cell, one may be of the winner's warp or block and one not.
+        wide = (apart & layout.warps) != 0
+        if _count(wide):
+            states[at[wide]] |= layout.wide
         if _count(far):
             states[at[far]] |= layout.cross
         level.log.add(step.stamp, cells, step.values)
@@ -319,7 +341,7 @@ class Accesses:
         step: Step,
     ) -> None:
         shadow = step.shadow
-        fresh = ~self.observations.cover(shadow.above(level), cells, states, gids)
+        fresh = ~self.observations.cover(shadow, level, cells, states, gids)
         if not _count(fresh):
             return
         cells, states, gids, threads = cells[fresh], states[fresh], gids[fresh], threads[fresh]

@@ -109,6 +109,18 @@ class Clocks:
                 ok[rest] = self._known_abroad(gids[rest], blocks, local[rest], stamps[rest])
         return ok
 
+    def known_warps(self, gids: Array) -> Array:
+        """[n, warps] up to which stamp each lane knows all threads of each warp of its block."""
+        threads = self.threads
+        runs = Groups.runs(gids, self.row[gids], gids // WARP)
+        first = gids[runs.starts]
+        rows = self.rows.data[self.row[first], : threads.lanes]
+        known = rows.reshape(first.shape[0], -1, WARP).min(axis=2)
+        np.maximum(known, self.block[first, None], out=known, casting="same_kind")
+        at = np.arange(first.shape[0]), threads.local[first] // WARP
+        known[at] = np.maximum(known[at], self.warp[first])
+        return np.repeat(known, runs.counts, axis=0)
+
     def _known_abroad(self, gids: Array, blocks: Array, locals_: Array, stamps: Array) -> Array:
         assert self.abroad is not None
         clocks: dict[int, Clock | None] = {}

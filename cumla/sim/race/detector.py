@@ -44,7 +44,7 @@ class RaceDetector:
         self._history = History(self._layout, blocks)
         self._reports = Reports(wave, self._layout, self._history)
         self._places = Places()
-        self._global = Shadow("global", None, _LOG_LIMIT)
+        self._global = Shadow("global", self._layout, None, _LOG_LIMIT)
         self.next_wave(wave)
 
     def next_wave(self, wave: Wave) -> None:
@@ -58,7 +58,8 @@ class RaceDetector:
         self._places.forget_shared()
         self._order = MemoryOrder(threads, rows, clocks, self._history, self._places)
         self._agents = Agents(self._layout)
-        self._shared = Shadow("shared", slots * wave.shared_stride, _LOG_LIMIT)
+        warps = self._layout.lanes // WARP
+        self._shared = Shadow("shared", self._layout, slots * wave.shared_stride, _LOG_LIMIT, warps)
         self._accesses = Accesses(clocks, self._reports, wave.shared_stride)
         self._lanes: dict[int, Lanes] = {}
         self._warps_met = False

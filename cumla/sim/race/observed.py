@@ -14,7 +14,7 @@ from cumla.sim.cohort import Array
 from cumla.sim.race.clocks import Clocks
 from cumla.sim.race.layout import SPLIT, Layout
 from cumla.sim.race.report import History
-from cumla.sim.race.shadow import Level
+from cumla.sim.race.shadow import Level, Shadow
 
 
 class Observations:
@@ -25,11 +25,10 @@ class Observations:
         self.clocks = clocks
         self.history = history
 
-    def cover(self, levels: list[Level], cells: Array, states: Array, gids: Array) -> Array:
-        """[n] bool: what left states[i] in cells[i] was seen, and lane gids[i] knows of the look.
-
-        levels: of the cells, and those above it.
-        """
+    def cover(
+        self, shadow: Shadow, level: Level, cells: Array, states: Array, gids: Array
+    ) -> Array:
+        """[n] bool: what left states[i] in cells[i] was seen, and lane gids[i] knows of that."""
         layout = self.layout
         shift = layout.stamp_shift
         stamps = (states & layout.stamps) >> shift
@@ -38,7 +37,7 @@ class Observations:
         some = np.flatnonzero(strong)
         if not some.shape[0]:
             return seen
-        i, found = self._accesses(levels, cells[some])
+        i, found = self._accesses(shadow, level, cells[some])
         i = some[i]
         when = (found & layout.stamps) >> shift
         atomic = self.history.atomic_at(when)
@@ -66,15 +65,14 @@ class Observations:
         seen[i[known]] = True
         return seen
 
-    def _accesses(self, levels: list[Level], cells: Array) -> tuple[Array, Array]:
+    def _accesses(self, shadow: Shadow, level: Level, cells: Array) -> tuple[Array, Array]:
         """Pairs (i, state) of what is known to have accessed cells[i]."""
         every = np.arange(cells.shape[0])
-        places, states = [], []
-        for shift, level in enumerate(levels):
-            at = cells >> shift
-            i, found = level.log.find(at, level.writes, self.layout)
-            places += [i, every, every]
-            states += [found, level.writes.take(at), level.reads.take(at)]
+        i, found = shadow.logged_at(level, cells)
+        places, states = [i], [found]
+        for shift, above in enumerate(shadow.above(level)):
+            places += [every, every]
+            states += [above.writes.take(cells >> shift), above.reads.take(cells >> shift)]
         place, state = np.concatenate(places), np.concatenate(states)
         # Of many, the log has each.
         there = np.flatnonzero((state != 0) & (state < SPLIT) & (state & self.layout.many == 0))

@@ -10,117 +10,13 @@ import numpy as np
 
 from cumla.sim.cohort import Array
 from cumla.sim.race.layout import SPLIT, Layout
+from cumla.sim.race.log import Log
 
 WORD = 4
 PAGE_SHIFT = 16  # bytes of a page of a paged shadow: 64 KiB
 _PAGE_WORDS = (1 << PAGE_SHIFT) // WORD
+_FIRST_WORDS = 1 << 22  # not touched before they are needed
 _NOWHERE = 1 << 48  # added to a cell of a page that has no states yet: take() raises IndexError
-
-
-class Log:
-    """Accesses to cells whose state stands for many.
-
-    It may hold accesses that the state tells as well, or that no longer matter; each did happen.
-
-    Attributes:
-        limit: of entries. Beyond it the oldest are dropped: a race with one of those is missed.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self._recent: list[tuple[int, Array, Array]] = []
-        self._cells = np.zeros(0, np.int64)
-        self._states = np.zeros(0, np.int64)
-        self._newest = 0  # stamp up to which _cells and _states go
-        self._size = 0
-        self._clean_at = 0
-        self._marks = np.zeros(0, np.int32)
-
-    def __len__(self) -> int:
-        return self._size
-
-    def add(self, stamp: int, cells: Array, states: Array) -> None:
-        """Accesses, not older than those before; states broadcasts to the shape of cells."""
-        self._recent.append((stamp, cells, states))
-        self._size += cells.size
-        if self._size > self.limit:
-            self._shrink()
-
-    def drop(self, stamp: int) -> None:
-        """Forget what was added up to this stamp."""
-        if self._newest <= stamp:
-            self._drop_settled()
-        recent = self._recent
-        done = 0
-        while done < len(recent) and recent[done][0] <= stamp:
-            self._size -= recent[done][1].size
-            done += 1
-        del recent[:done]
-
-    def _drop_settled(self) -> None:
-        self._size -= self._cells.shape[0]
-        self._cells = self._states = np.zeros(0, np.int64)
-        self._newest = self._clean_at = 0
-
-    def _shrink(self) -> None:
-        self._drop_settled()
-        done = 0
-        while self._size > self.limit // 2 and done < len(self._recent) - 1:
-            self._size -= self._recent[done][1].size
-            done += 1
-        del self._recent[:done]
-
-    def _settle(self, writes: Array, layout: Layout) -> None:
-        """One pair of arrays for all entries, now and then without those that a write ended."""
-        if self._recent:
-            cells, states = [self._cells], [self._states]
-            for _, at, values in self._recent:
-                # States that stand for several accesses, or for none, are no entries.
-                real = (values & (layout.many | layout.pending) == 0) & (values != 0)
-                real = np.broadcast_to(real, at.shape)
-                cells.append(at[real])
-                states.append(np.broadcast_to(values, at.shape)[real])
-            self._cells = np.concatenate(cells)
-            self._states = np.concatenate(states)
-            self._newest = self._recent[-1][0]
-            self._recent = []
-            self._size = self._cells.shape[0]
-        if self._size > self._clean_at:
-            last = writes.take(self._cells)
-            ended = ends(last, layout) & (self._states & layout.stamps <= last & layout.stamps)
-            self._cells = self._cells[~ended]
-            self._states = self._states[~ended]
-            self._size = self._cells.shape[0]
-            self._clean_at = 2 * self._size + 4096
-
-    def find(self, cells: Array, writes: Array, layout: Layout) -> tuple[Array, Array]:
-        """Pairs (i, state): an access to cells[i] and its state. writes: of the log's level."""
-        self._settle(writes, layout)
-        if self._marks.shape[0] < writes.shape[0]:
-            self._marks = np.zeros(writes.shape[0], np.int32)
-        order = np.argsort(cells, kind="stable")
-        ordered = cells[order]
-        first = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
-        counts = np.diff(first, append=ordered.shape[0])
-        self._marks[ordered[first]] = np.arange(1, first.shape[0] + 1)
-        found = self._marks.take(self._cells)
-        self._marks[ordered[first]] = 0
-        hits = np.flatnonzero(found)
-        group = found[hits] - 1
-        times = counts[group]
-        ends_ = np.cumsum(times)
-        within = np.arange(ends_[-1] if hits.shape[0] else 0) - np.repeat(ends_ - times, times)
-        return order[np.repeat(first[group], times) + within], np.repeat(self._states[hits], times)
-
-
-def ends(writes: Array, layout: Layout) -> Array:
-    """Whether these last writes end the matter for all that was before them.
-
-    A weak write was checked against everything before; who conflicts with something older
-    conflicts with it too, and is ordered after it only if after all that.
-    """
-    flags = layout.strengths | layout.many
-    return ((writes & flags) == 0) & (writes != 0) & (writes < SPLIT)
 
 
 class Level:
@@ -133,11 +29,11 @@ class Level:
         split: some cell has been divided.
     """
 
-    def __init__(self, width: int, cells: int, limit: int) -> None:
+    def __init__(self, width: int, cells: int, log: Log) -> None:
         self.width = width
         self.writes = np.zeros(cells, np.int64)
         self.reads = np.zeros(cells, np.int64)
-        self.log = Log(limit)
+        self.log = log
         self.split = False
         self._below: Level | None = None
 
@@ -146,7 +42,8 @@ class Level:
         """The level of half the width; cell c is its cells 2 * c and 2 * c + 1."""
         if self._below is None:
             cells = 2 * self.writes.shape[0]
-            self._below = Level(self.width // 2, cells, self.log.limit)
+            log = Log(self.log.layout, self.log.limit, self.log.warps)
+            self._below = Level(self.width // 2, cells, log)
         return self._below
 
     def levels(self) -> list[Level]:
@@ -202,11 +99,18 @@ class Shadow:
         words: the level of whole words.
     """
 
-    def __init__(self, space: str, size: int | None, limit: int) -> None:
-        """size: of the arena in bytes; None: it may be anything, keep only pages in use."""
+    def __init__(self, space: str, layout: Layout, size: int | None, limit: int, warps: int = 0):
+        """The shadow of an arena with nothing done yet.
+
+        Args:
+            size: of the arena in bytes; None: it may be anything, keep only pages in use.
+            limit: of the entries of each log.
+            warps: of a block, if the bytes are of one block each.
+        """
         self.space = space
         self.paged = size is None
-        self.words = Level(WORD, _PAGE_WORDS if size is None else -(-size // WORD), limit)
+        words = _FIRST_WORDS if size is None else -(-size // WORD)
+        self.words = Level(WORD, words, Log(layout, limit, warps))
         self._deltas = np.full(64, _NOWHERE, np.int64)
         self._pages: list[int] = []
 
@@ -217,9 +121,25 @@ class Shadow:
         return (offsets >> 2) + self._deltas.take(offsets >> PAGE_SHIFT)
 
     def above(self, level: Level) -> list[Level]:
-        """The level and those above it: what was logged before a cell was divided counts."""
+        """The level and those above it."""
         levels = self.words.levels()
         return levels[levels.index(level) :: -1]
+
+    def logged_at(self, level: Level, cells: Array) -> tuple[Array, Array]:
+        """Pairs (i, state): a logged access to cells[i], maybe before it was divided off."""
+        found = [
+            at.log.find(cells >> shift, at.writes) for shift, at in enumerate(self.above(level))
+        ]
+        return np.concatenate([i for i, _ in found]), np.concatenate([s for _, s in found])
+
+    def reads_by_warp(self, level: Level, cells: Array) -> Array | None:
+        """As `Log.reads_by_warp`, reads before the cells were divided off included."""
+        noted: Array | None = None
+        for shift, above in enumerate(self.above(level)):
+            found = above.log.reads_by_warp(cells >> shift, above.writes)
+            if found is not None:
+                noted = found if noted is None else np.maximum(noted, found)
+        return noted
 
     def offsets(self, level: Level, cells: Array) -> Array:
         """The byte offsets of cells."""
@@ -250,7 +170,7 @@ class Shadow:
         have = self.words.writes.shape[0]
         need = len(self._pages) * _PAGE_WORDS
         if need > have:
-            self.words.grow(max(need, 2 * have))
+            self.words.grow(max(need, 4 * have))
 
     def logged(self) -> int:
         """How many accesses the logs hold."""
