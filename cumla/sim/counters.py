@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cumla.sim.cohort import WARP, Cohort
-from cumla.sim.inline import FlatKernel
+from cumla.sim.program.inline import FlatKernel
 from cumla.sim.ptx.syntax import Instruction
 from cumla.sim.wave import Geometry
 

@@ -13,10 +13,10 @@ import numpy as np
 from cumla.sim.arguments import marshal
 from cumla.sim.counters import Counters
 from cumla.sim.errors import Deadlock, LaunchError, RaceError
-from cumla.sim.inline import flatten
 from cumla.sim.isa.table import Env
 from cumla.sim.memory import DeviceArray
-from cumla.sim.program import Prepared, look_up, prepare, refuse
+from cumla.sim.program.inline import flatten
+from cumla.sim.program.prepare import Prepared, look_up, prepare, refuse
 from cumla.sim.ptx.syntax import Function, Module, Variable
 from cumla.sim.race import RaceDetector
 from cumla.sim.scheduler import Scheduler

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cumla.sim.codegen import Code
 from cumla.sim.cohort import WARP, Cohort
 from cumla.sim.errors import Deadlock, KernelError, SimError
-from cumla.sim.flow import EXIT
+from cumla.sim.program.codegen import Code
+from cumla.sim.program.flow import EXIT
 from cumla.sim.wave import Wave
 
 # Rounds of a loop before its state is compared between rounds; compared again at each doubling.

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from cumla.sim.isa.table import Unsupported
-from tests.sim import ops
-from tests.sim.reference import edges, random_bits
+from sim import ops
+from sim.reference import edges, random_bits
 
 INF, NAN = math.inf, math.nan
 EXACT: dict[str, Callable[..., Any]] = {

@@ -12,8 +12,8 @@ import pytest
 
 from cumla.sim.isa.rounding import DOT, LARGE
 from cumla.sim.isa.table import DTYPES
-from tests.sim.ieee import FORMATS, as_double, assert_same, ends, rounded, wrapped
-from tests.sim.ops import run
+from sim.ieee import FORMATS, as_double, assert_same, ends, rounded, wrapped
+from sim.ops import run
 
 INTEGERS = ("u8", "s8", "u16", "s16", "u32", "s32", "u64", "s64")
 MODES = ("rn", "rz", "rm", "rp")

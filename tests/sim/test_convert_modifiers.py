@@ -10,8 +10,8 @@ import pytest
 
 from cumla.sim.isa.rounding import LARGE
 from cumla.sim.isa.table import DTYPES, Unsupported
-from tests.sim.ieee import as_double, assert_same, ends, rounded
-from tests.sim.ops import op, run
+from sim.ieee import as_double, assert_same, ends, rounded
+from sim.ops import op, run
 
 
 @pytest.fixture(autouse=True)

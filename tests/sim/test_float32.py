@@ -10,8 +10,8 @@ import pytest
 
 from cumla.sim.isa.table import Unsupported
 from cumla.sim.ptx.syntax import Register
-from tests.sim import ops
-from tests.sim.reference import MODES, edges, expected, pairs, random_bits, ties, triples
+from sim import ops
+from sim.reference import MODES, edges, expected, pairs, random_bits, ties, triples
 
 SIGN = 1 << 31
 

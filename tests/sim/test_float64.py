@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from cumla.sim.isa.table import Unsupported
-from tests.sim import ops
-from tests.sim.reference import MODES, edges, expected, pairs, random_bits, ties, triples, values
+from sim import ops
+from sim.reference import MODES, edges, expected, pairs, random_bits, ties, triples, values
 
 SIGN = np.uint64(1 << 63)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cumla.sim.flow import Block, _loop_order, live_registers
+from cumla.sim.program.flow import Block, _loop_order, live_registers
 
 
 def reaches(successors: list[list[int]], within: set[int]) -> list[set[int]]:

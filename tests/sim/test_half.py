@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from cumla.sim.isa.table import Unsupported
-from tests.sim import ops
-from tests.sim.reference import expected, pairs, random_bits, ties, triples, values
+from sim import ops
+from sim.reference import expected, pairs, random_bits, ties, triples, values
 
 KINDS = ("f16", "bf16")
 DTYPE = {"f16": np.float16, "bf16": ml_dtypes.bfloat16}

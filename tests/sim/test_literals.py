@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sim.ops import op
 
-from cumla.sim.emit import TAKE_SCALARS
+from cumla.sim.program.emit import TAKE_SCALARS
 from cumla.sim.isa.table import DTYPES
 
 NAMES = """

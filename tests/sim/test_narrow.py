@@ -12,7 +12,7 @@ import pytest
 
 from cumla.sim.isa.narrow import decoded, upper_half
 from cumla.sim.isa.table import Unsupported
-from tests.sim.ops import op, run
+from sim.ops import op, run
 
 # Type, bits of a code, and what NaN is converted to (PTX ISA cvt, .satfinite).
 NARROW: dict[str, tuple[Any, int, int]] = {

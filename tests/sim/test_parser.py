@@ -17,7 +17,7 @@ from cumla.sim.ptx.syntax import (
     Symbol,
     Vector,
 )
-from tests.sim.ptx_text import CALLED, R, kernel, module, operands
+from sim.ptx_text import CALLED, R, kernel, module, operands
 
 # The module's own directives
 

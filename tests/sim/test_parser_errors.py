@@ -8,7 +8,7 @@ import pytest
 
 from cumla.sim.errors import PTXSyntaxError
 from cumla.sim.ptx import parse
-from tests.sim.ptx_text import CALLED, HEADER, module
+from sim.ptx_text import CALLED, HEADER, module
 
 # Text that is not PTX
 

@@ -24,7 +24,7 @@ from cumla.sim.ptx.syntax import (
     Symbol,
     Vector,
 )
-from tests.sim.cuda import TARGETS, line_of, ptx
+from sim.cuda import TARGETS, line_of, ptx
 
 SOURCE = r"""
 struct S { int a; double b; int* p; };

@@ -16,7 +16,7 @@ from cumla.sim.ptx.syntax import (
     Immediate,
     Symbol,
 )
-from tests.sim.ptx_text import immediate, module, variable
+from sim.ptx_text import immediate, module, variable
 
 # Literals and constant expressions
 

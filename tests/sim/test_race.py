@@ -421,8 +421,8 @@ def test_scattered_global_memory():
     (race,) = launch.races
     assert race.count == 64
     assert race.offset in far
-    states = launch.detector._global.words.writes
-    assert states.nbytes < 64 * 3 * (1 << 17)
+    # States are kept for the pages touched, not for all that lies between.
+    assert launch.detector._global.words.writes.nbytes < far.max() // 4
 
 
 def test_wide_access_across_pages():

@@ -36,7 +36,4 @@ FAMILIES = (
 def load_families() -> None:
     """Import every family file, which registers its instructions."""
     for family in FAMILIES:
-        try:
-            import_module(f"cumla.sim.isa.{family}")
-        except (ImportError, SyntaxError, NameError) as error:  # TEMPORARY
-            print("family", family, error)
+        import_module(f"cumla.sim.isa.{family}")

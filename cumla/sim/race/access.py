@@ -188,33 +188,43 @@ class Accesses:
         at = need.reshape(-1).nonzero()[0]
         states = states.reshape(-1)[at]
         lane = at % cells.shape[-1]
-        threads = step.lanes.threads[lane]
-        keep = ~self._exempt(states, threads, site.strength)
         ended = None
-        if writes is not None:
-            last = writes.reshape(-1)[at]
-            ended = np.where(ends(last, layout), last & layout.stamps, 0)
-            keep &= states & layout.stamps > ended
-            ended = ended[keep]
-        if not _count(keep):
-            return
-        at, states, lane, threads = at[keep], states[keep], lane[keep], threads[keep]
-        gids, cells = step.lanes.gids[lane], cells.reshape(-1)[at]
+        if site.strength or writes is not None:
+            keep = ~self._exempt(states, step.lanes.threads[lane], site.strength)
+            if writes is not None:
+                last = writes.reshape(-1)[at]
+                ended = np.where(ends(last, layout), last & layout.stamps, 0)
+                keep &= states & layout.stamps > ended
+                ended = ended[keep]
+            if not _count(keep):
+                return
+            at, states, lane = at[keep], states[keep], lane[keep]
+        gids = step.lanes.gids[lane]
         many = states & layout.many != 0
-        bad = (states & layout.pending != 0) & ~many
-        rest = (~many & ~bad).nonzero()[0]
-        if rest.shape[0]:
-            stamps = (states[rest] & layout.stamps) >> layout.stamp_shift
-            bad[rest] = ~self.clocks.known(gids[rest], states[rest] & layout.threads, stamps)
+        pending = states & layout.pending != 0
+        if _count(many) or _count(pending):
+            bad = pending & ~many
+            rest = (~many & ~bad).nonzero()[0]
+            bad[rest] = self._unknown(states[rest], gids[rest])
+        else:
+            bad = self._unknown(states, gids)
+        if not (_count(bad) or _count(many)):
+            return
+        threads, cells = step.lanes.threads[lane], cells.reshape(-1)[at]
         if _count(bad):
             self._report(level, cells[bad], states[bad], gids[bad], threads[bad], step)
-        if _count(many) and ended is not None:
-            noted = step.shadow.reads_by_warp(level, cells)
-            many &= ~self._known_by_warps(noted, gids, ended)
+        if ended is not None and _count(many):
+            noted = step.shadow.reads_by_warp(level, cells[many])
+            many[many] = ~self._known_by_warps(noted, gids[many], ended[many])
         if _count(many):
             if ended is not None:
                 ended = ended[many]
             self._consult(level, cells[many], gids[many], threads[many], step, ended)
+
+    def _unknown(self, states: Array, gids: Array) -> Array:
+        """Whether each lane does not know the one access that left each state."""
+        stamps = (states & self.layout.stamps) >> self.layout.stamp_shift
+        return ~self.clocks.known(gids, states & self.layout.threads, stamps)
 
     def _known_by_warps(self, noted: Array | None, gids: Array, ended: Array) -> Array:
         """Whether each lane knows all that any warp did up to its last read, noted, of a cell."""

@@ -91,17 +91,20 @@ class Clocks:
     def known(self, gids: Array, threads: Array, stamps: Array) -> Array:
         """[n] bool: whether lane gids[i] knows what threads[i] did up to stamps[i]."""
         layout = self.threads.layout
-        mine = self.threads.thread.take(gids)
-        apart = mine ^ threads
+        apart = self.threads.thread.take(gids) ^ threads
         local = threads & layout.locals
         near = apart >> layout.local_bits == 0
-        ok = near & (stamps <= self.block.take(gids)) & (local < layout.lanes)
+        if self._rowed:
+            data = self.rows.data
+            ok = data.reshape(-1).take(self.row.take(gids) * data.shape[1] + local) >= stamps
+            ok &= near
+            if np.count_nonzero(ok) == ok.shape[0]:
+                return ok
+        else:
+            ok = np.zeros(gids.shape[0], np.bool_)
+        ok |= near & (stamps <= self.block.take(gids)) & (local < layout.lanes)
         ok |= apart == 0
         ok |= (apart >> 5 == 0) & (stamps <= self.warp.take(gids))
-        if self._rowed:
-            rest = np.flatnonzero(near & ~ok)
-            if rest.shape[0]:
-                ok[rest] = self.rows.data[self.row[gids[rest]], local[rest]] >= stamps[rest]
         if self.abroad is not None:
             rest = np.flatnonzero(~near)
             if rest.shape[0]:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cumla.sim.cohort import Cohort
-from cumla.sim.flow import Block
-from cumla.sim.inline import SYSTEM_FUNCTIONS
 from cumla.sim.isa.special import SPECIAL
 from cumla.sim.isa.table import DTYPES, Op
-from cumla.sim.parting import branch, guarded, guarded_cohort, switch
+from cumla.sim.program.flow import Block
+from cumla.sim.program.inline import SYSTEM_FUNCTIONS
+from cumla.sim.program.parting import branch, guarded, guarded_cohort, switch
 from cumla.sim.ptx.syntax import (
     Address,
     Immediate,
@@ -29,7 +29,7 @@ from cumla.sim.ptx.syntax import (
 )
 
 if TYPE_CHECKING:
-    from cumla.sim.codegen import Code, Generator
+    from cumla.sim.program.codegen import Code, Generator
 
 INT64 = np.dtype(np.int64)
 # Registers of a type are kept in this form between blocks.

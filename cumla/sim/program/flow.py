@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from cumla.sim.inline import FlatKernel
+from cumla.sim.program.inline import FlatKernel
 from cumla.sim.ptx.syntax import Instruction, Symbol
 
 EXIT = -1

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from cumla.sim.codegen import Code, generate
-from cumla.sim.emit import CONDITION, split_operands
 from cumla.sim.errors import UnsupportedPTX
-from cumla.sim.flow import basic_blocks, is_terminator
-from cumla.sim.inline import FlatKernel, flatten, registers_of
 from cumla.sim.isa import load_families
 from cumla.sim.isa.special import SPECIAL
 from cumla.sim.isa.table import Env, Op, Unsupported, lookup
+from cumla.sim.program.codegen import Code, generate
+from cumla.sim.program.emit import CONDITION, split_operands
+from cumla.sim.program.flow import basic_blocks, is_terminator
+from cumla.sim.program.inline import FlatKernel, flatten, registers_of
 from cumla.sim.ptx.syntax import (
     Address,
     Function,

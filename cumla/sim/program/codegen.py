@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from cumla.sim.cohort import Cohort
-from cumla.sim.emit import CONDITION, KEPT, Writer, kept_dtype, split_operands, tuple_text
-from cumla.sim.flow import EXIT, Block, is_terminator, live_registers
-from cumla.sim.inline import FlatKernel, registers_of
 from cumla.sim.isa.mma_fusion import fuse
 from cumla.sim.isa.table import Env, Op
-from cumla.sim.parting import guarded_ready
+from cumla.sim.program.emit import CONDITION, KEPT, Writer, kept_dtype, split_operands, tuple_text
+from cumla.sim.program.flow import EXIT, Block, is_terminator, live_registers
+from cumla.sim.program.inline import FlatKernel, registers_of
+from cumla.sim.program.parting import guarded_ready
 from cumla.sim.ptx.syntax import Instruction, Operand
 
 
