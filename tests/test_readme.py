@@ -33,6 +33,18 @@ def test_the_numpy_example_runs_as_pasted(capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().out.strip() == promised
 
 
+def test_the_simulator_example_runs_as_pasted(capsys: pytest.CaptureFixture[str]) -> None:
+    chapter = README.read_text().split("## Debugging a kernel on the CPU\n")[1]
+    block = chapter.split("```python\n")[1].split("```")[0]
+    exec(compile(block, "README.md", "exec"), {})
+    first, second = capsys.readouterr().out.strip().splitlines()
+    promised = chapter.split("prints")[1].split("```\n")[1].splitlines()
+    assert first == promised[0]
+    assert second.startswith(promised[1].partition(" at offset")[0])
+    assert "reverse.cu:4" in second
+    assert "reverse.cu:6" in second
+
+
 def test_environment_variables_are_those_of_the_code() -> None:
     told = {re.sub("`", "", row[0]) for row in table_rows("Settings")}
     read = set()

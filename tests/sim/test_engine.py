@@ -309,6 +309,34 @@ extern "C" __global__ void k(int* out) {
         assert f"k.cu:{cuda.line_of(source, mark)}" in text
 
 
+@pytest.mark.parametrize("space", ["shared", "global"])
+def test_lanes_of_a_warp_may_store_the_same_value_in_one_place(space: str) -> None:
+    source = """
+extern "C" __global__ void k(int* out) {
+    __shared__ int s[2];
+    int* p = SPACE == 0 ? s : out;
+    p[threadIdx.x >> 5] = VALUE; // STORE
+    __syncthreads();
+    out[2 + threadIdx.x] = p[1 - (threadIdx.x >> 5)];
+}"""
+    source = source.replace("SPACE", str(int(space == "global")))
+    (out,) = run(source.replace("VALUE", "7"), np.zeros(66, np.int32))
+    assert (out[2:] == 7).all()
+    with pytest.raises(sim.RaceError, match=f"{space}.*one instruction"):
+        run(source.replace("VALUE", "threadIdx.x & 1"), np.zeros(66, np.int32))
+
+
+def test_a_deadlock_tells_of_races_before_it() -> None:
+    source = """
+extern "C" __global__ void k(int* out) {
+    out[0] = threadIdx.x; // RACE
+    asm volatile("bar.sync 1, 96;" ::: "memory");
+}"""
+    with pytest.raises(sim.Deadlock, match="races found before") as caught:
+        run(source, np.zeros(2, np.int32))
+    assert f"k.cu:{cuda.line_of(source, 'RACE')}" in str(caught.value)
+
+
 def test_a_long_counting_loop_is_no_deadlock() -> None:
     source = """
 extern "C" __global__ void k(int* out, int n) {
