@@ -56,12 +56,13 @@ class LoadedModule:
         self.device = device
         self.module = module
         entries = [f for f in module.functions.values() if f.entry and f.body]
-        for entry in entries:
-            # Only to find out now, not while it runs, what cannot be run.
-            kernel = flatten(module, entry)
-            _, problems = look_up(kernel, Env(target=device.capability))
-            if problems:
-                raise refuse(problems, kernel.name)
+        # Only to find out now, not while it runs, what cannot be run.
+        problems = {
+            entry.name: look_up(flatten(module, entry), Env(target=device.capability))[1]
+            for entry in entries
+        }
+        if any(problems.values()):
+            raise refuse(problems)
         self.variables: dict[str, DeviceArray] = {}
         placed = [v for v in module.variables.values() if v.space in ("global", "const")]
         for variable in placed:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sim import cuda
 
 from cumla import sim
+from sim import cuda
 
 FOLDER = Path(__file__).parent / "kernels"
 CHECKS = ("memory", "race")

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sim import cuda
 
 from cumla.sim.counters import Counters, Row
 from cumla.sim.profile import page
+from sim import cuda
 
 TRANSPOSE = """
 extern "C" __global__ void k(const float* in, float* out) {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from sim import cuda
 from sim.kernel_files import SIZES, Empty, module, run
 

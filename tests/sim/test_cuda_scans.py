@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from sim import cuda
 from sim.kernel_files import SIZES, Empty, module, run
 

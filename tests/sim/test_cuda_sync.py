@@ -1,4 +1,4 @@
-"""Locks, queues, grid barriers, tables and graphs of CUDA C: what they must come to in any order."""
+"""Locks, queues, grid barriers, tables and graphs: what they come to in any order."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sim import cuda
-from sim.kernel_files import SIZES, Empty, module, run
 
 from cumla import sim
+from sim import cuda
+from sim.kernel_files import SIZES, Empty, module, run
 
 SEEDS = (0, 1)
 targets = pytest.mark.parametrize("target", cuda.TARGETS)

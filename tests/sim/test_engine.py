@@ -412,13 +412,15 @@ def test_unknown_kernel_target_and_launch_bounds() -> None:
 
 
 def test_unsupported_instructions_are_listed_when_the_module_is_loaded() -> None:
-    text = cuda.ptx('extern "C" __global__ void k(int* p) { *p = 1; }')
+    text = cuda.ptx("""extern "C" __global__ void k(int* p) { *p = 1; }
+extern "C" __global__ void l(int* p) { *p = 2; }""")
     bad = text.replace("ret;", "frob.s32 %r1, %r1;\n add.q7 %r1, %r1, %r1;\n ret;")
     with pytest.raises(sim.UnsupportedPTX) as caught:
         sim.load(bad)
     assert "frob.s32" in str(caught.value)
     assert "add.q7" in str(caught.value)
-    assert "k.cu:1" in str(caught.value)
+    for line in (1, 2):
+        assert str(caught.value).count(f"k.cu:{line} ") == 2
 
 
 def test_recursion_is_refused() -> None:

@@ -4,18 +4,53 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
+from cumla.sim.isa.table import DTYPES
+from cumla.sim.program.emit import TAKE_SCALARS
 from sim.ops import op
 
-from cumla.sim.program.emit import TAKE_SCALARS
-from cumla.sim.isa.table import DTYPES
-
-NAMES = """
-add.s32 add.s64 add.f32 add.rn.ftz.f32 add.f64 add.rn.f16 sub.s32 sub.f32 sub.rn.bf16 mul.lo.s32
-mul.lo.s64 mul.wide.s32 mul.hi.u32 mul.f32 mul.ftz.f32 mad.lo.s32 mad.wide.u32
-fma.rn.f32 fma.rn.ftz.f32 fma.rn.f64 and.b32 and.b64 or.b32 xor.b32 shl.b32 shl.b64
-shr.u32 shr.s64 setp.eq.s32 setp.lt.u32 setp.gt.s64 setp.gtu.f32 setp.lt.ftz.f32 min.s32 min.f32
-max.u64 max.f32 min.f16 add.s16x2 min.u16x2
-""".split()
+NAMES = [
+    "add.s32",
+    "add.s64",
+    "add.f32",
+    "add.rn.ftz.f32",
+    "add.f64",
+    "add.rn.f16",
+    "sub.s32",
+    "sub.f32",
+    "sub.rn.bf16",
+    "mul.lo.s32",
+    "mul.lo.s64",
+    "mul.wide.s32",
+    "mul.hi.u32",
+    "mul.f32",
+    "mul.ftz.f32",
+    "mad.lo.s32",
+    "mad.wide.u32",
+    "fma.rn.f32",
+    "fma.rn.ftz.f32",
+    "fma.rn.f64",
+    "and.b32",
+    "and.b64",
+    "or.b32",
+    "xor.b32",
+    "shl.b32",
+    "shl.b64",
+    "shr.u32",
+    "shr.s64",
+    "setp.eq.s32",
+    "setp.lt.u32",
+    "setp.gt.s64",
+    "setp.gtu.f32",
+    "setp.lt.ftz.f32",
+    "min.s32",
+    "min.f32",
+    "max.u64",
+    "max.f32",
+    "min.f16",
+    "add.s16x2",
+    "min.u16x2",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)

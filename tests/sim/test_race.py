@@ -88,8 +88,8 @@ def test_text():
     launch.read(15, 0x40, [36])
     (race,) = launch.races
     assert str(race) == (
-        "shared memory race at offset 0x40 (4 bytes): write by thread (3, 1, 0) of block (0, 0, 0) at "
-        "k.cu:12, then read by thread (4, 2, 0) at k.cu:15, nothing orders them; __syncthreads or "
+        "shared memory race at offset 0x40 (4 bytes): write by thread (3, 1, 0) of block (0, 0, 0) "
+        "at k.cu:12, then read by thread (4, 2, 0) at k.cu:15, nothing orders them; __syncthreads or "
         "another barrier missing between them"
     )
     assert (race.space, race.offset, race.nbytes, race.count) == ("shared", 0x40, 4, 1)
@@ -106,8 +106,9 @@ def test_text_names_blocks_and_counts():
     launch.write(9, 0x1000, [3 * 64 + 6], space="global", nbytes=16)
     first, second = launch.races
     assert str(first) == (
-        "global memory race at offset 0x1000 (4 bytes): read by thread (0, 0, 0) of block (0, 0, 0) "
-        "at k.cu:7, then write by thread (5, 0, 0) of block (1, 1, 0) at k.cu:9, nothing orders them; "
+        "global memory race at offset 0x1000 (4 bytes): read by thread (0, 0, 0) of block "
+        "(0, 0, 0) at k.cu:7, then write by thread (5, 0, 0) of block (1, 1, 0) at k.cu:9, "
+        "nothing orders them; "
         "between blocks only a release (__threadfence before an atomic) and an acquire order "
         "accesses (4 such conflicts)"
     )

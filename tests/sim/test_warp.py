@@ -91,6 +91,10 @@ COHORTS = {
     "some": (some(), masks_of(some(), 1)),
     "some, two groups": (some(1), masks_of(some(1), 2)),
     "exited": (cohort(range(70), 96, tuple(range(70, 96))), u32(FULL)),
+    "exited lanes are named": (
+        cohort(range(70), 96, tuple(range(70, 96))),
+        np.array([0xFFFF] * 16 + [0xFFFF0000] * 16 + [FULL] * 32 + [0xFF] * 6, np.uint32),
+    ),
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from cumla.sim.errors import UnsupportedPTX
@@ -142,13 +142,15 @@ def look_up(kernel: FlatKernel, env: Env) -> tuple[dict[int, Op], list[tuple[Ins
     return ops, problems
 
 
-def refuse(problems: list[tuple[Instruction, str]], kernel: str) -> UnsupportedPTX:
-    """The error that lists all instructions that cannot be run."""
-    rows = [f"  {ins.where} (PTX line {ins.line}): {ins.text}  -- {why}" for ins, why in problems]
-    return UnsupportedPTX(
-        f"kernel {kernel} has {len(rows)} instructions that the simulator does not know:\n"
-        + "\n".join(rows)
-    )
+def refuse(problems: Mapping[str, Sequence[tuple[Instruction, str]]]) -> UnsupportedPTX:
+    """The error that lists, kernel by kernel, all instructions that cannot be run, with reasons."""
+    text = ""
+    for kernel, found in problems.items():
+        if found:
+            text += f"\nkernel {kernel} has {len(found)} that the simulator does not know:"
+        for ins, why in found:
+            text += f"\n  {ins.where} (PTX line {ins.line}): {ins.text}  -- {why}"
+    return UnsupportedPTX(f"instructions that cannot be run{text}")
 
 
 def prepare(module: Module, entry: Function, env: Env, globals_at: Mapping[str, int]) -> Prepared:
@@ -156,7 +158,7 @@ def prepare(module: Module, entry: Function, env: Env, globals_at: Mapping[str, 
     kernel = flatten(module, entry)
     ops, problems = look_up(kernel, env)
     if problems:
-        raise refuse(problems, kernel.name)
+        raise refuse({kernel.name: problems})
     layout = lay_out(module, kernel, globals_at)
     blocks = basic_blocks(kernel)
     return Prepared(kernel, layout, generate(kernel, blocks, ops, layout.symbols, env))

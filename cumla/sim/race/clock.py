@@ -5,18 +5,45 @@ from __future__ import annotations
 import numpy as np
 
 from cumla.sim.cohort import Array
+from cumla.sim.race.lanes import Groups
+
+
+class Part:
+    """The stamps up to which the threads of a block, and its copies, are known.
+
+    Attributes:
+        row: one stamp for each; never changed.
+        low: the least of the threads' stamps.
+        high: the largest of all.
+        copies: whether any copy is known.
+    """
+
+    __slots__ = ("copies", "high", "low", "row")
+
+    def __init__(self, row: Array, lanes: int) -> None:
+        self.row = row
+        self.low = int(row[:lanes].min())
+        self.high = int(row.max())
+        self.copies = bool(row[lanes:].any())
+
+    def covers(self, other: Part) -> bool:
+        """Whether it is plain that this has all that other has."""
+        return self is other or (self.low >= other.high and not other.copies)
 
 
 class Clock:
-    """For each block in it, the stamp up to which each of its threads' accesses are known.
+    """What is known of the threads of the blocks in it. Never changed; compared by identity.
 
-    Never changed once made, and compared by identity. Rows are shared between clocks.
+    Attributes:
+        parts: by block. Clocks share them.
+        lanes: threads of a block.
     """
 
-    __slots__ = ("_blocks", "_rows", "parts")
+    __slots__ = ("_blocks", "_rows", "lanes", "parts")
 
-    def __init__(self, parts: dict[int, Array]) -> None:
+    def __init__(self, parts: dict[int, Part], lanes: int) -> None:
         self.parts = parts
+        self.lanes = lanes
         self._blocks: Array | None = None
         self._rows: Array | None = None
 
@@ -24,7 +51,7 @@ class Clock:
         """[n] bool: whether the accesses of these threads up to these stamps are known."""
         if self._blocks is None or self._rows is None:
             self._blocks = np.array(sorted(self.parts), np.int64)
-            self._rows = np.stack([self.parts[block] for block in self._blocks.tolist()])
+            self._rows = np.stack([self.parts[block].row for block in self._blocks.tolist()])
         at = np.searchsorted(self._blocks, blocks)
         at[at == self._blocks.shape[0]] = 0
         return (self._blocks[at] == blocks) & (self._rows[at, locals_] >= stamps)
@@ -37,10 +64,69 @@ def merged(first: Clock | None, second: Clock | None) -> Clock | None:
     if second is None:
         return first
     parts = dict(first.parts)
-    for block, row in second.parts.items():
+    changed = False
+    for block, part in second.parts.items():
         old = parts.get(block)
-        if old is None:
-            parts[block] = row
-        elif old is not row:
-            parts[block] = np.maximum(old, row)
-    return Clock(parts)
+        if old is not None and old.covers(part):
+            continue
+        changed = True
+        if old is None or part.covers(old):
+            parts[block] = part
+        else:
+            parts[block] = Part(np.maximum(old.row, part.row), first.lanes)
+    return Clock(parts, first.lanes) if changed else first
+
+
+class Abroad:
+    """For each lane of a wave, a `Clock` of what it knows of other blocks, or None."""
+
+    def __init__(self, lanes: int) -> None:
+        self._clocks = np.full(lanes, None, np.object_)
+        # The clocks' identities, to compare many at a time.
+        self.names = np.zeros(lanes, np.int64)
+
+    def __getitem__(self, gid: int) -> Clock | None:
+        clock: Clock | None = self._clocks[gid]
+        return clock
+
+    def __setitem__(self, gids: Array | int, clock: Clock | None) -> None:
+        self._clocks[gids] = clock
+        self.names[gids] = 0 if clock is None else id(clock)
+
+    def copy(self, other: Abroad, gids: Array) -> None:
+        """Give the lanes what they have in other."""
+        self._clocks[gids] = other._clocks[gids]
+        self.names[gids] = other.names[gids]
+
+    def add(self, gid: int, clock: Clock) -> None:
+        """The lane gets to know what a clock knows."""
+        self[gid] = merged(self[gid], clock)
+
+    def together(self, gids: Array) -> Clock | None:
+        """What any of the lanes knows."""
+        _, first = np.unique(self.names[gids], return_index=True)
+        clock: Clock | None = None
+        for gid in gids[first].tolist():
+            clock = merged(clock, self[gid])
+        return clock
+
+    def share(self, groups: Groups) -> None:
+        """Give all lanes of each group what any of them knows."""
+        names = self.names[groups.gids]
+        low = np.minimum.reduceat(names, groups.starts)
+        differ = low != np.maximum.reduceat(names, groups.starts)
+        if np.count_nonzero(differ):
+            some = groups.pick(differ)
+            for gids in np.split(some.gids, some.starts[1:]):
+                self[gids] = self.together(gids)
+
+    def knows(self, gids: Array, blocks: Array, locals_: Array, stamps: Array) -> Array:
+        """[n] bool: as `Clock.knows`, for each lane by its clock."""
+        ok = np.zeros(gids.shape[0], np.bool_)
+        _, first, which = np.unique(self.names[gids], return_index=True, return_inverse=True)
+        for i, gid in enumerate(gids[first].tolist()):
+            clock = self[gid]
+            if clock is not None:
+                at = np.flatnonzero(which == i)
+                ok[at] = clock.knows(blocks[at], locals_[at], stamps[at])
+        return ok

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from cumla.sim.cohort import WARP, Array
-from cumla.sim.race.clock import Clock, merged
+from cumla.sim.race.clock import Abroad, Clock, Part, merged
 from cumla.sim.race.lanes import Groups, Threads
 from cumla.sim.race.layout import COPY_AGENTS
 
@@ -64,7 +64,7 @@ class Clocks:
         block, warp: [lanes] int64: stamps up to which all threads of the lane's block, or of its
             warp, are known. Copies are not threads: only rows know of them.
         row: [lanes] the number of the lane's row.
-        abroad: [lanes] Clock or None: other blocks' threads; None while nobody knows any.
+        abroad: what lanes know of other blocks' threads; None while nobody knows any.
         objects: by key, by block: the row that was released there.
         copies: whether rows may know of asynchronous copies.
     """
@@ -77,7 +77,7 @@ class Clocks:
         self.block = np.zeros(lanes, np.int64)
         self.warp = np.zeros(lanes, np.int64)
         self.row = np.zeros(lanes, np.int64)
-        self.abroad: Array | None = None
+        self.abroad: Abroad | None = None
         self.objects: dict[int, dict[int, int]] = {}
         self.objects_abroad: dict[int, Clock] = {}
         self.copies = False
@@ -109,7 +109,7 @@ class Clocks:
             rest = np.flatnonzero(~near)
             if rest.shape[0]:
                 blocks = threads[rest] >> layout.local_bits
-                ok[rest] = self._known_abroad(gids[rest], blocks, local[rest], stamps[rest])
+                ok[rest] = self.abroad.knows(gids[rest], blocks, local[rest], stamps[rest])
         return ok
 
     def known_warps(self, gids: Array) -> Array:
@@ -124,26 +124,13 @@ class Clocks:
         known[at] = np.maximum(known[at], self.warp[first])
         return np.repeat(known, runs.counts, axis=0)
 
-    def _known_abroad(self, gids: Array, blocks: Array, locals_: Array, stamps: Array) -> Array:
-        assert self.abroad is not None
-        clocks: dict[int, Clock | None] = {}
-        names = np.empty(gids.shape[0], np.int64)
-        for i, clock in enumerate(self.abroad[gids].tolist()):
-            names[i] = id(clock)
-            clocks[id(clock)] = clock
-        ok = np.zeros(gids.shape[0], np.bool_)
-        for name, clock in clocks.items():
-            if clock is not None:
-                at = np.flatnonzero(names == name)
-                ok[at] = clock.knows(blocks[at], locals_[at], stamps[at])
-        return ok
-
     def meet_some(self, groups: Groups, now: int) -> None:
         """Each group's lanes met: some of a block, or of a warp."""
         joined = self._joined(groups, now)
         self.row[groups.gids] = groups.spread(self.rows.add(joined))
         self._rowed = True
-        self._share_abroad(groups)
+        if self.abroad is not None:
+            self.abroad.share(groups)
 
     def meet_all(self, groups: Groups, blocks: bool, now: int) -> None:
         """Each group's lanes met: all the lanes of a block (or else of a warp), exited or not."""
@@ -155,7 +142,8 @@ class Clocks:
                 self._share_rows(groups, now)
         column = self.block if blocks else self.warp
         column[groups.gids] = now
-        self._share_abroad(groups)
+        if self.abroad is not None:
+            self.abroad.share(groups)
 
     def _share_rows(self, groups: Groups, now: int) -> None:
         """Give the lanes of each group, who know each other from now on, one row."""
@@ -165,17 +153,6 @@ class Clocks:
         if differ.any():
             some = groups.pick(differ)
             self.row[some.gids] = some.spread(self.rows.add(self._joined(some, now)))
-
-    def _share_abroad(self, groups: Groups) -> None:
-        if self.abroad is None:
-            return
-        for gids in groups.lists():
-            clocks = set(self.abroad[gids].tolist())
-            if len(clocks) > 1:
-                together: Clock | None = None
-                for clock in clocks:
-                    together = merged(together, clock)
-                self.abroad[gids] = together
 
     def release(self, groups: Groups, keys: list[int], now: int) -> None:
         """Each group's lanes release what they know into the object of its key."""
@@ -190,9 +167,8 @@ class Clocks:
             place[block] = number
         if self.abroad is not None:
             for key, gids in zip(keys, groups.lists(), strict=True):
-                clock = self.objects_abroad.get(key)
-                for other in set(self.abroad[gids].tolist()):
-                    clock = merged(clock, other)
+                known = self.abroad.together(np.array(gids))
+                clock = merged(self.objects_abroad.get(key), known)
                 if clock is not None:
                     self.objects_abroad[key] = clock
 
@@ -205,8 +181,8 @@ class Clocks:
         for i, (key, block, part) in enumerate(zip(keys, blocks, parts, strict=True)):
             clock = self.objects_abroad.get(key)
             if len(part) > (block in part):
-                others = {b: self.rows.data[n].copy() for b, n in part.items() if b != block}
-                clock = merged(clock, Clock(others))
+                others = {b: self._part(self.rows.data[n]) for b, n in part.items() if b != block}
+                clock = merged(clock, Clock(others, self.threads.lanes))
             if clock is not None:
                 at = int(groups.starts[i])
                 for gid in groups.gids[at : at + int(groups.counts[i])].tolist():
@@ -252,24 +228,22 @@ class Clocks:
         """A lane gets to know what a clock knows."""
         part = clock.parts.get(int(self.threads.block[gid]))
         if part is not None:
-            row = np.maximum(self.rows.data[self.row[gid]], part)
+            row = np.maximum(self.rows.data[self.row[gid]], part.row)
             self.row[gid] = self.rows.add(row[None])[0]
             self._rowed = True
-        self._add_abroad(gid, clock)
-
-    def _add_abroad(self, gid: int, clock: Clock) -> None:
         if self.abroad is None:
-            self.abroad = np.full(self.row.shape[0], None, np.object_)
-        self.abroad[gid] = merged(self.abroad[gid], clock)
+            self.abroad = Abroad(self.row.shape[0])
+        self.abroad.add(gid, clock)
 
     def export(self, gid: int, now: int) -> Clock:
         """All that a lane knows."""
         gids = np.array([gid])
         row = self._joined(Groups(gids, np.zeros(1, np.int64)), now)[0]
-        clock = Clock({int(self.threads.block[gid]): row})
-        together = merged(None if self.abroad is None else self.abroad[gid], clock)
-        assert together is not None
-        return together
+        own = Clock({int(self.threads.block[gid]): self._part(row)}, self.threads.lanes)
+        return merged(None if self.abroad is None else self.abroad[gid], own) or own
+
+    def _part(self, row: Array) -> Part:
+        return Part(row.copy(), self.threads.lanes)
 
     def _own(self, gids: Array, now: int) -> Array | int:
         """Up to which stamp the lanes' own accesses count."""

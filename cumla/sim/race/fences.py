@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from cumla.sim.cohort import Array
-from cumla.sim.race.clock import Clock
+from cumla.sim.race.clock import Abroad, Clock
 from cumla.sim.race.clocks import Clocks, Rows
 from cumla.sim.race.lanes import Groups, Threads
 
@@ -38,8 +38,8 @@ class FenceClocks(Clocks):
         self.copies |= clocks.copies
         if clocks.abroad is not None:
             if self.abroad is None:
-                self.abroad = np.full(self.row.shape[0], None, np.object_)
-            self.abroad[gids] = clocks.abroad[gids]
+                self.abroad = Abroad(self.row.shape[0])
+            self.abroad.copy(clocks.abroad, gids)
 
     def fenced(self, gids: Array) -> Array:
         """[n] bool: which lanes have something to release."""
@@ -49,7 +49,7 @@ class FenceClocks(Clocks):
         """Labels that are the same for lanes which would release the same."""
         labels = [np.where(self.own[gids] > 0, -1 - gids, self.row[gids]), self.block[gids]]
         if self.abroad is not None:
-            labels.append(np.fromiter(map(id, self.abroad[gids].tolist()), np.int64))
+            labels.append(self.abroad.names[gids])
         return labels
 
     def held(self, gid: int) -> Clock | None:
@@ -84,7 +84,8 @@ class FenceClocks(Clocks):
             self.row[some.gids] = some.spread(self.rows.add(self._joined(some, now)))
             self._rowed = True
             self.own[some.gids] = self.warp[some.gids] = self.block[some.gids] = 0
-        self._share_abroad(groups)
+        if self.abroad is not None:
+            self.abroad.share(groups)
 
     def meet_all(self, groups: Groups, blocks: bool, now: int) -> None:
         """Each group's lanes met."""

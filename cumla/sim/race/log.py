@@ -91,7 +91,7 @@ class Log:
     def reads_by_warp(self, cells: Array, writes: Array) -> Array | None:
         """[n, warps] the stamp of each warp's last read of cells [n] that was added; None: none.
 
-        writes: of all cells, as for `find`.
+        writes: the last ones of all cells of the level.
         """
         self._note(writes.shape[0])
         if self._by_warp is None:
@@ -138,8 +138,10 @@ class Log:
             self._clean_at = 2 * self._size + 4096
 
     def find(self, cells: Array, writes: Array) -> tuple[Array, Array]:
-        """Pairs (i, state): an access to cells[i] and its state. writes: of all
-        cells, the last."""
+        """Pairs (i, state): an access to cells[i] and its state.
+
+        writes: the last ones of all cells of the level.
+        """
         self._settle(writes)
         if self._marks.shape[0] < writes.shape[0]:
             self._marks = np.zeros(writes.shape[0], np.int32)
