@@ -126,11 +126,12 @@ def decode_ue8m0(codes: Bytes) -> Float32:
 
 def encode_ue8m0(scales: Float32) -> Bytes:
     """The UE8M0 bytes of float32 `scales`; what is no power of two in range gives NaN (255)."""
-    mantissa, exponent = np.frexp(scales)
-    # frexp gives 0.5 for a power of two, so the unbiased exponent is one lower.
-    code = exponent + 126
-    valid = (mantissa == 0.5) & (code >= 0) & (code < 255)
-    return np.where(valid, code, UE8M0_NAN).astype(np.uint8)
+    # Both formats have the bias 127, so the code is the biased exponent; 2**-127 alone is subnormal.
+    bits = np.asarray(scales, np.float32).view(np.uint32)
+    code = bits >> 23
+    valid = (bits & 0x7FFFFF == 0) & (code > 0) & (code < 255)
+    code = np.where(valid, code, UE8M0_NAN)
+    return np.where(bits == 0x400000, 0, code).astype(np.uint8)
 
 
 def ceil_power_of_two(values: Float32) -> Float32:

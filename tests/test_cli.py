@@ -107,7 +107,8 @@ def test_info_without_cupy_or_nvrtc(monkeypatch: pytest.MonkeyPatch) -> None:
     assert any(line.startswith("GPU             none found: ") for line in lines)
     assert any(line.startswith("NVRTC           not usable: ") for line in lines)
     assert "backend numpy   usable" in lines
-    assert max(map(len, lines)) <= 100
+    # A path may be longer than a line; it is not broken.
+    assert all(len(line) <= 100 or " " not in line[16:].strip() for line in lines)
 
 
 def test_info_json_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from comparison import LSE_DECODE, SPARSE_OUT, assert_close
 from numpy.typing import NDArray
 from poison import ABSURD_ID, poison
 
@@ -618,7 +619,9 @@ def test_v32_calls_of_an_engine() -> None:
         softmax_scale=0.1352,
     )
     expected = cumla.sparse_decode(q[:, :, :16], cache, indices, softmax_scale=0.1352)
-    assert_same((out[:, :, :16].copy(), lse[:, :16].copy()), expected)
+    # A BLAS may add in another order for 64 rows than for 16.
+    assert_close("out", out[:, :, :16], expected[0], SPARSE_OUT, dtype=expected[0].dtype)
+    assert_close("lse", lse[:, :16], expected[1], LSE_DECODE, dtype=np.float32)
     assert holder.num_splits is not None
     assert holder.num_splits.tolist() == [0, 2]
     # Prefill over a BF16 workspace, with the counts of valid indices.

@@ -39,7 +39,10 @@ Example:
 """
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    short_help="Run CUDA kernels on the CPU, with checks and counters.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 def command() -> None:
     """Run CUDA kernels on the CPU, with memory, race and deadlock checks and exact counters.
 
