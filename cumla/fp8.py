@@ -126,7 +126,7 @@ def decode_ue8m0(codes: Bytes) -> Float32:
 
 def encode_ue8m0(scales: Float32) -> Bytes:
     """The UE8M0 bytes of float32 `scales`; what is no power of two in range gives NaN (255)."""
-    # Both formats have the bias 127, so the code is the biased exponent; 2**-127 alone is subnormal.
+    # Both formats have bias 127: the code is the biased exponent. 2**-127 alone is subnormal.
     bits = np.asarray(scales, np.float32).view(np.uint32)
     code = bits >> 23
     valid = (bits & 0x7FFFFF == 0) & (code > 0) & (code < 255)

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sim import cuda, kernel_files
-from sim.kernel_files import SIZES, Empty, run
 
 from cumla import sim
+from sim import cuda, kernel_files
+from sim.kernel_files import SIZES, Empty, run
 
 targets = pytest.mark.parametrize("target", cuda.TARGETS)
 EDGES = [0, 1, 2, 7, 255, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1]
@@ -205,7 +205,9 @@ def test_number_theory(target: str) -> None:
     *_, gcds, primes = run(loaded, "gcd_and_primes", 1, 128, *args)
     assert gcds.tolist() == [math.gcd(x, y) for x, y in zip(a.tolist(), b.tolist(), strict=True)]
     small = [x & 0xFFFF for x in a.tolist()]
-    assert primes.tolist() == [p > 1 and all(p % d for d in range(2, math.isqrt(p) + 1)) for p in small]
+    assert primes.tolist() == [
+        p > 1 and all(p % d for d in range(2, math.isqrt(p) + 1)) for p in small
+    ]
 
 
 @targets
@@ -238,11 +240,10 @@ def test_philox(target: str) -> None:
 
 @targets
 def test_conversions(target: str) -> None:
-    edges = [0.5, 1.5, 2.5, -0.5, -1.5, 2**31, -(2**31) - 129, 3e9, 5e9, 1e-30, -0.0, np.inf, -np.inf]
+    edges = [0.5, 1.5, 2.5, -0.5, -1.5, 2**31, -(2**31) - 129]
+    edges += [3e9, 5e9, 1e-30, -0.0, np.inf, -np.inf]
     x = np.array([*edges, *np.random.default_rng(0).standard_normal(87) * 1000], np.float32)
-    _, out = run(
-        load(target), "convert", 1, 128, x, Empty((100, 12), np.int32), 100
-    )
+    _, out = run(load(target), "convert", 1, 128, x, Empty((100, 12), np.int32), 100)
     rows = out.T
 
     def clip(v: Any, low: int, high: int) -> list[int]:
@@ -293,7 +294,8 @@ def test_interpreter(target: str) -> None:
     # x, then while x > 0: total = total * 3 + x, x = x - 2; total % (x | 1) at the end.
     code = [0, 1, 5, 4, 6, 9, 8, 9, 0] + [0] * 8
     #       push 1, swap, dup, jump if > 0 to 9, pop, return | loop: ...
-    code = [0, 1, 5, 4, 6, 8, 8, 9, 4, 0, 2, 2, 5, 8, 5, 0, 3, 3, 0, 1, 1, 5, 0, 0, 1, 4, 6, 8, 8, 9]
+    code = [0, 1, 5, 4, 6, 8, 8, 9, 4, 0, 2, 2, 5, 8, 5, 0, 3, 3]
+    code += [0, 1, 1, 5, 0, 0, 1, 4, 6, 8, 8, 9]
     program = np.array(code, np.uint8)
     x = np.arange(-3, 40, dtype=np.int32)
     args = (program, x, Empty(x.size, np.int32), x.size)

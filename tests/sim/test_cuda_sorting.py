@@ -25,9 +25,7 @@ def test_bitonic_in_shared_memory(target: str, n: int) -> None:
         ("float", floats),
         ("u64", random.integers(0, 2**64, n, np.uint64)),
     ):
-        (out,) = run(
-            loaded, f"bitonic_{kind}", 1, block, x, n, shared_bytes=2 * block * x.itemsize
-        )
+        (out,) = run(loaded, f"bitonic_{kind}", 1, block, x, n, shared_bytes=2 * block * x.itemsize)
         assert np.array_equal(out, np.sort(x))
 
 

@@ -193,8 +193,8 @@ def test_components_of_a_graph(target: str, seed: int) -> None:
     n, m = 200, 150
     edges = graph(n, m)
     _, parent = run(
-        module("sync", target), "components", -(-m // 64), 64, edges, np.arange(n, dtype=np.int32), m,
-        seed=seed,
+        module("sync", target), "components", -(-m // 64), 64, edges, np.arange(n, dtype=np.int32),
+        m, seed=seed,
     )  # fmt: skip
     while not np.array_equal(parent, parent[parent]):
         parent = parent[parent]

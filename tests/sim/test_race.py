@@ -89,8 +89,8 @@ def test_text():
     (race,) = launch.races
     assert str(race) == (
         "shared memory race at offset 0x40 (4 bytes): write by thread (3, 1, 0) of block (0, 0, 0) "
-        "at k.cu:12, then read by thread (4, 2, 0) at k.cu:15, nothing orders them; __syncthreads or "
-        "another barrier missing between them"
+        "at k.cu:12, then read by thread (4, 2, 0) at k.cu:15, nothing orders them; "
+        "__syncthreads or another barrier missing between them"
     )
     assert (race.space, race.offset, race.nbytes, race.count) == ("shared", 0x40, 4, 1)
     assert (race.first.kind, race.first.thread, race.first.block) == ("write", (3, 1, 0), (0, 0, 0))
