@@ -95,15 +95,18 @@ extern "C" __global__ void k(int* out) {
     __syncthreads();
     int4 a = s[threadIdx.x * 2 % 64]; // STRIDED
     int b = s[7].x; // BROADCAST
-    out[threadIdx.x] = a.x + a.w + b;
+    int4 c = s[9]; // EIGHTS
+    out[threadIdx.x] = a.x + a.w + b + c.x + c.w;
 }"""
     counters = count(source, [np.zeros(64, np.int32)], 1, 64)
-    found = {m: row_at(counters, source, m) for m in ("WIDE", "STRIDED", "BROADCAST")}
+    marks = ("WIDE", "STRIDED", "BROADCAST", "EIGHTS")
+    found = {m: row_at(counters, source, m) for m in marks}
     pairs = {m: (r.shared_wavefronts, r.shared_wavefronts_least) for m, r in found.items()}
     # 16 bytes a lane: 8 lanes at a time; every second 16 bytes meet on half of the banks.
     assert pairs["WIDE"] == (8, 8)
     assert pairs["STRIDED"] == (16, 8)
     assert pairs["BROADCAST"] == (2, 2)
+    assert pairs["EIGHTS"] == (8, 8)
 
 
 def test_divergent_branches_and_lanes() -> None:

@@ -337,6 +337,48 @@ extern "C" __global__ void k(int* out) {
     assert f"k.cu:{cuda.line_of(source, 'RACE')}" in str(caught.value)
 
 
+def test_predicated_instructions_leave_the_other_lanes_alone() -> None:
+    source = """
+extern "C" __global__ void k(int* out, const int* in) {
+    int t = threadIdx.x, v = -1, w = -2;
+    asm volatile("{.reg .pred p; setp.lt.s32 p, %2, 20; @p ld.global.s32 %0, [%3];"
+                 "@!p add.s32 %1, %1, %2;}"
+                 : "+r"(v), "+r"(w) : "r"(t), "l"(in + (t < 20 ? t : 1000)));
+    out[t] = v * 1000 + w;
+}"""
+    data = np.arange(64, dtype=np.int32) + 5
+    out, _ = run(source, np.zeros(64, np.int32), data)
+    t = np.arange(64)
+    assert np.array_equal(out, np.where(t < 20, data * 1000 - 2, -1000 + t - 2))
+
+
+def test_equal_stores_into_local_arrays_are_not_one() -> None:
+    source = """
+__device__ __noinline__ void fill(int* p, int i) { p[i] = 3; p[i + 1] = 4; }
+extern "C" __global__ void k(int* out, int i) {
+    int a[8];
+    for (int j = 0; j < 8; ++j) a[j] = 0;
+    fill(a, i);
+    out[threadIdx.x] = a[i] * 10 + a[i + 1] + a[(threadIdx.x + i) & 7];
+}"""
+    (out,) = run(source, np.zeros(64, np.int32), extra=(2,))
+    a = np.array([0, 0, 3, 4, 0, 0, 0, 0])
+    assert np.array_equal(out, 34 + a[(np.arange(64) + 2) & 7])
+
+
+def test_named_barriers_count_lanes_that_have_exited_as_gone() -> None:
+    source = """
+extern "C" __global__ void k(int* out) {
+    int t = threadIdx.x;
+    if (t % 4 == 3) return;
+    if (t < 64) asm volatile("bar.sync 1, 64;" ::: "memory");
+    else asm volatile("bar.sync 2, 32;" ::: "memory");
+    out[t] = 1;
+}"""
+    (out,) = run(source, np.zeros(96, np.int32), block=96)
+    assert np.array_equal(out, np.arange(96) % 4 != 3)
+
+
 def test_a_long_counting_loop_is_no_deadlock() -> None:
     source = """
 extern "C" __global__ void k(int* out, int n) {
