@@ -379,6 +379,17 @@ extern "C" __global__ void k(int* out) {
     assert np.array_equal(out, np.arange(96) % 4 != 3)
 
 
+def test_a_syncwarp_mask_must_name_the_lane_itself() -> None:
+    source = """
+extern "C" __global__ void k(int* out) {
+    __syncwarp(threadIdx.x == 40 ? 0xfffffeffu : 0xffffffffu); // MASK
+    out[threadIdx.x] = 1;
+}"""
+    with pytest.raises(sim.KernelTrap, match="does not name the lane itself") as caught:
+        run(source, np.zeros(64, np.int32))
+    assert f"k.cu:{cuda.line_of(source, 'MASK')}" in str(caught.value)
+
+
 def test_a_long_counting_loop_is_no_deadlock() -> None:
     source = """
 extern "C" __global__ void k(int* out, int n) {

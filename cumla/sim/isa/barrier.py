@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from cumla.sim.cohort import Cohort
-from cumla.sim.isa.convergence import converged, waits_for_lanes
+from cumla.sim.isa.convergence import converged, members, waits_for_lanes, whole_warps
 from cumla.sim.isa.table import Env, Op, Unsupported, instruction
 from cumla.sim.ptx.syntax import Instruction
 
@@ -50,8 +50,6 @@ def _arrive(ins: Instruction) -> Op:
         everyone = np.ones(c.n, np.bool_)
         c.wave.barriers.arrive(ins, c, barrier, count, None, everyone, waits=False)
 
-    from cumla.sim.isa.convergence import whole_warps
-
     return Op(
         run,
         ("u32", "u32"),
@@ -84,6 +82,7 @@ def _red(ins: Instruction, env: Env, kind: str, counted: bool) -> Op:
 
 def _warp_sync(ins: Instruction, env: Env) -> Op:
     def run(c: Cohort, membermask: Any) -> None:
+        members(ins, c, membermask)  # refuses masks that contradict each other
         if env.check_race:
             c.wave.race.warp_sync(c, membermask)
 
