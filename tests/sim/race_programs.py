@@ -53,6 +53,7 @@ class Both:
 
     def wave(self, blocks):
         self.blocks = blocks
+        self.cohorts = {}
         self.now = fake_wave(self.lanes, blocks, self.active, self.grid, self.stride)
         if self.detector is None:
             self.detector = RaceDetector(self.now)
@@ -97,7 +98,11 @@ class Both:
         return found
 
     def cohort(self, gids):
-        return Cohort(self.now, np.array(gids, np.int64), [])
+        """The same object for the same lanes, as the engine has it in straight code."""
+        key = tuple(gids)
+        if key not in self.cohorts:
+            self.cohorts[key] = Cohort(self.now, np.array(gids, np.int64), [])
+        return self.cohorts[key]
 
     def next(self, *told):
         self.number += 1
@@ -129,7 +134,7 @@ class Both:
 
     def barrier(self, gids):
         self.next("barrier", gids)
-        self.detector.barrier(np.array(gids))
+        self.detector.barrier(self.cohort(gids).gids)
         for slot in range(len(self.blocks)):
             mine = [gid for gid in gids if gid // self.lanes == slot]
             if mine:

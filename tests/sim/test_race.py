@@ -13,6 +13,7 @@ from cumla.sim.cohort import Cohort
 from cumla.sim.errors import LaunchError
 from cumla.sim.ptx.syntax import Instruction, SourceLine
 from cumla.sim.race import RaceDetector
+from cumla.sim.race.clock import Clock, Part, merged
 from sim import cuda
 
 ALL = np.array([0xFFFFFFFF], np.uint32)
@@ -147,6 +148,14 @@ def test_example_is_the_conflict_that_takes_most_to_order():
     assert "__syncthreads" in race.hint
 
 
+def test_example_is_of_two_blocks_before_two_warps():
+    launch = Launch(blocks=2)
+    launch.write(1, [0, 4], [0, 1], space="global")
+    launch.read(2, [0, 4], [40, 70], space="global")
+    (race,) = launch.races
+    assert (race.offset, race.count, race.second.block) == (4, 2, (1, 0, 0))
+
+
 def test_two_lanes_of_one_instruction():
     launch = Launch()
     launch.write(3, 8, [2, 5])
@@ -233,7 +242,7 @@ extern "C" __global__ void k(int* out, int* count) {
     everyone(count, 2 * gridDim.x);
     out[i + 1] = x;
     everyone(count, 3 * gridDim.x);
-    if (i == 0) for (int j = 0; j < n; ++j) out[0] += out[j + 1];
+    if (i == 0) out[0] = out[1] == 63 && out[n] == 0 ? 2016 * gridDim.x : -1;
 }""",
     "flag with release and acquire": """
 extern "C" __global__ void k(int* out, int* count) {
@@ -374,6 +383,29 @@ def test_waiting_for_another_copy_does_not_help():
     assert len(launch.races) == 1
 
 
+def test_bytes_of_a_copy_beside_a_race():
+    launch = Launch()
+    copy = issue(launch, [0], [0])
+    launch.write(6, 5, [1], nbytes=1)
+    assert launch.races[0].offset == 5
+    launch.detector.copy_landed(copy, None)
+    launch.read(7, 8, [0])
+    launch.read(8, 4, [0], nbytes=1)
+    launch.read(9, 6, [0], nbytes=2)
+    assert len(launch.races) == 1
+
+
+def test_what_one_clock_covers_may_lack_a_copy():
+    known = np.zeros(64 + 32, np.int32)
+    known[3] = 5
+    known[64] = 4
+    old = Clock({0: Part(known, 64)}, 64)
+    new = Clock({0: Part(np.where(np.arange(96) < 64, 9, 0).astype(np.int32), 64)}, 64)
+    for both in (merged(old, new), merged(new, old)):
+        assert both.parts[0].row[[3, 64]].tolist() == [9, 4]
+    assert merged(new, Clock({0: Part(np.full(96, 0, np.int32), 64)}, 64)) is new
+
+
 def test_forgotten_key_orders_nothing():
     launch = Launch()
     launch.write(1, 0, [0])
@@ -410,8 +442,9 @@ def test_divided_words_are_united():
     launch.read(2, 16 * (np.arange(64) % 4), nbytes=16)
     assert words.writes[0] == 0
     assert not launch.races
-    launch.write(3, 3, [7], nbytes=1)
-    assert launch.races[0].offset == 3
+    launch.write(3, np.arange(8), np.arange(8), nbytes=1)
+    launch.write(4, 0, [7], nbytes=4)
+    assert 0 < words.writes[0] < 1 << 61
 
 
 def test_scattered_global_memory():
@@ -470,6 +503,37 @@ def test_rows_are_collected():
         launch.detector.acquire(some, keys[some])
     assert not launch.races
     assert launch.detector._clocks.rows.data.shape[0] <= 256
+
+
+def test_released_rows_outlive_collections():
+    launch = Launch()
+    launch.write(1, 0, [0])
+    launch.detector.release(np.array([0]), 5)
+    some = np.arange(10, 20)
+    for _ in range(200):
+        launch.barrier(some)
+        launch.barrier(some[::2])
+    launch.detector.acquire(np.array([1]), 5)
+    launch.read(2, 0, [1])
+    assert not launch.races
+    launch.read(3, 0, [2])
+    assert len(launch.races) == 1
+
+
+def test_reads_are_noted_before_the_log_is_searched_for_writes():
+    launch = Launch()
+    launch.read(1, 0)
+    launch.detector.release(np.arange(64), 1)
+    launch.detector.acquire(np.array([3]), 1)
+    launch.write(2, 0, [3])  # all readers are known
+    launch.read(3, 4)
+    launch.access(4, "atomic", 8, [0, 1, 3], order="relaxed")
+    launch.barrier([0, 1, 3])
+    launch.read(5, 8, [3])  # looks for the atomics
+    assert not launch.races
+    launch.write(6, 4, [3])
+    (race,) = launch.races
+    assert race.first.line == "k.cu:3"
 
 
 def test_exited_threads_count_for_barriers():

@@ -33,9 +33,11 @@ class RaceDetector:
     lanes of a warp are not ordered without __syncwarp. Of the accesses to a byte at least the
     first that races is found, and none is reported that does not race, whatever the order in
     which the simulator happened to run the lanes. Blocks of different waves are not ordered.
+    What is kept of reads by many threads is bounded (`Log.limit`): beyond it a race may be missed.
 
-    Not looked at: whether strong accesses that overlap in part do so wholly (PTX ISA "Morally
-    strong operations", 3), and proxies.
+    An atomic counts as a write, also a compare-and-swap that fails. Not looked at is whether
+    strong accesses that overlap in part do so wholly (PTX ISA "Morally strong operations", 3),
+    and proxies.
     """
 
     def __init__(self, wave: Wave) -> None:
@@ -52,7 +54,7 @@ class RaceDetector:
         self._wave = wave
         slots = len(wave.block_ids)
         self._history.seat(wave.block_ids)
-        self._threads = threads = Threads(self._layout, wave.block_ids, wave.live)
+        self._threads = threads = Threads(self._layout, wave.block_ids)
         rows = Rows(self._layout.lanes)
         self._clocks = clocks = Clocks(threads, rows)
         self._places.forget_shared()
@@ -63,6 +65,7 @@ class RaceDetector:
         self._accesses = Accesses(clocks, self._reports, wave.shared_stride)
         self._lanes: dict[int, Lanes] = {}
         self._warps_met = False
+        self._log_short = _LOG_SHORT  # a shared log is not looked through before it is longer
 
     def races(self) -> list[Race]:
         """What was found so far, one race for each pair of instructions."""
@@ -166,8 +169,10 @@ class RaceDetector:
         return True
 
     def _shorten_logs(self) -> None:
-        if self._shared.logged() > _LOG_SHORT and self._wave.live.any():
-            self._shared.drop(int(self._clocks.block[self._wave.live].min()))
+        live = self._wave.live
+        if self._shared.logged() > self._log_short and np.count_nonzero(live):
+            self._shared.drop(int(self._clocks.block[live].min()))
+            self._log_short = _LOG_SHORT + 2 * self._shared.logged()
 
     def _whole(self, groups: Groups, size: int) -> Array:
         """Which groups are all the lanes that have not exited of a block or warp of this size."""

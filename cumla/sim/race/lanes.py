@@ -15,13 +15,11 @@ class Threads:
         layout: how a thread is a number.
         thread, block, local: [lanes] int64: the thread, its block in the grid, its place there.
         lanes: lanes of a block.
-        live: [lanes] bool, changing: lanes that have not exited.
     """
 
-    def __init__(self, layout: Layout, block_ids: Array, live: Array) -> None:
+    def __init__(self, layout: Layout, block_ids: Array) -> None:
         self.layout = layout
         self.lanes = layout.lanes
-        self.live = live
         self.block = np.repeat(np.asarray(block_ids, np.int64), self.lanes)
         self.local = np.tile(np.arange(self.lanes, dtype=np.int64), len(block_ids))
         self.thread = (self.block << layout.local_bits) | self.local
