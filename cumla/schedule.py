@@ -54,6 +54,9 @@ METADATA_FIELDS = (
 """The columns of `DecodePlan.tile_scheduler_metadata`."""
 
 _INT32_MAX = np.iinfo(np.int32).max
+# The default plan on a CPU cuts every request each 1024 tokens: pieces for all threads even when
+# the batch is small, and a request's bits do not depend on its batch or on the machine.
+_CPU_SPLIT_BLOCKS = 16
 # Query rows (heads, and tokens in the dense op) that one CTA handles.
 _ROWS_PER_TILE = 64
 
@@ -216,6 +219,11 @@ def plan_decode(
     for array in (plan.kv_lens, plan.tile_scheduler_metadata, plan.num_splits):
         array.flags.writeable = False
     return plan
+
+
+def plan_for_cpu(kv_lens: Array) -> DecodePlan:
+    """The plan that the CPU uses for requests of `kv_lens` tokens if it was given none."""
+    return plan_decode(kv_lens, split_blocks=_CPU_SPLIT_BLOCKS)
 
 
 def _balanced(blocks: Int64, num_parts: int, overhead: int) -> tuple[Int32, Int64]:

@@ -18,14 +18,10 @@ from cumla.checks import (
     check_shape,
 )
 from cumla.fp8 import BF16
-from cumla.schedule import DecodePlan, plan_decode
+from cumla.schedule import DecodePlan
 
 Array = NDArray[Any]
 HALF_DTYPES = (BF16, np.dtype(np.float16))
-
-# The default plan on a CPU cuts every request each 1024 tokens: pieces for all threads even when
-# the batch is small, and a request's bits do not depend on its batch or on the machine.
-_SPLIT_BLOCKS = 16
 
 
 def check_half(
@@ -113,14 +109,11 @@ def check_stream(stream: Any) -> None:
         )
 
 
-def plan_for(plan: Any, argument: str, kv_lens: NDArray[np.int32]) -> DecodePlan:
-    """The caller's `plan`, checked against the lengths of this call, or the default one."""
-    if plan is None:
-        return plan_decode(kv_lens, split_blocks=_SPLIT_BLOCKS)
+def check_plan(plan: Any, argument: str, kv_lens: NDArray[np.int32]) -> None:
+    """Raise unless `plan` is None or a DecodePlan for just the lengths of this call."""
     check_plan_type(plan)
-    plan.check_lengths(argument, kv_lens)
-    checked: DecodePlan = plan
-    return checked
+    if plan is not None:
+        plan.check_lengths(argument, kv_lens)
 
 
 def check_plan_type(plan: Any) -> None:

@@ -12,8 +12,8 @@ from cumla.attention.arguments import (
     check_half,
     check_heads,
     check_lengths,
+    check_plan,
     check_stream,
-    plan_for,
     result_array,
 )
 from cumla.backends import load_backend
@@ -91,6 +91,7 @@ def dense_decode(
     table, seqlens = arrays["block_table"], arrays["cache_seqlens"]
     _check_table(table, seqlens, batch, cache)
     check_flag("causal", causal)
+    check_plan(plan, "cache_seqlens", seqlens)
     problem = DenseDecode(
         q=queries,
         kv_cache=cache,
@@ -99,9 +100,11 @@ def dense_decode(
         layout=layout,
         softmax_scale=check_scale("softmax_scale", softmax_scale, layout.d_qk**-0.5),
         causal=bool(causal),
-        plan=plan_for(plan, "cache_seqlens", seqlens),
+        plan=plan,
         out=result_array(arrays, backend, "out", (batch, s_q, h_q, layout.d_v), queries.dtype),
         lse=result_array(arrays, backend, "lse", (batch, h_q, s_q), np.float32),
+        workspace=arrays.optional("workspace"),
+        stream=stream,
     )
     backend.dense_decode(problem)
     return arrays.give_back("out", problem.out), arrays.give_back("lse", problem.lse)

@@ -97,6 +97,7 @@ def merge_attention(
         lses=tuple(by_row(arrays[f"lses[{i}]"]) for i in range(len(lses))),
         out=result_array(arrays, backend, "out", first.shape, first.dtype),
         lse=by_row(merged_lse),
+        stream=stream,
     )
     backend.merge_attention(problem)
     return arrays.give_back("out", problem.out), arrays.give_back("lse", merged_lse)

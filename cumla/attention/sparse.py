@@ -11,10 +11,10 @@ from cumla.attention.arguments import (
     check_half,
     check_indices,
     check_lengths,
+    check_plan,
     check_plan_type,
     check_sink,
     check_stream,
-    plan_for,
     result_array,
 )
 from cumla.backends import load_backend
@@ -105,15 +105,18 @@ def sparse_decode(
         extra.topk_length if extra else None,
         block_size=plan.block_size if plan else 64,
     )
+    check_plan(plan, "topk_length", kv_lens)
     problem = SparseDecode(
         q=queries,
         main=main,
         extra=extra,
         attn_sink=arrays.optional("attn_sink"),
         softmax_scale=check_scale("softmax_scale", softmax_scale, layout.d_qk**-0.5),
-        plan=plan_for(plan, "topk_length", kv_lens),
+        plan=plan,
         out=result_array(arrays, backend, "out", (batch, s_q, h_q, layout.d_v), queries.dtype),
         lse=result_array(arrays, backend, "lse", (batch, h_q, s_q), np.float32),
+        workspace=arrays.optional("workspace"),
+        stream=stream,
     )
     backend.sparse_decode(problem)
     return arrays.give_back("out", problem.out), arrays.give_back("lse", problem.lse)

@@ -30,9 +30,11 @@ class DenseDecode:
     layout: KVLayout
     softmax_scale: float
     causal: bool
-    plan: DecodePlan
+    plan: DecodePlan | None  # None: as the backend likes
     out: Array  # [b, s_q, h_q, d_v]
     lse: Float32  # [b, h_q, s_q]
+    workspace: Array | None = None  # uint8, scratch memory of the caller
+    stream: Any = None  # of a GPU
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,11 @@ class SparseDecode:
     extra: TokenPool | None
     attn_sink: Float32 | None  # [h_q]
     softmax_scale: float
-    plan: DecodePlan
+    plan: DecodePlan | None  # None: as the backend likes
     out: Array  # [b, s_q, h_q, d_v]
     lse: Float32  # [b, h_q, s_q]
+    workspace: Array | None = None  # uint8, scratch memory of the caller
+    stream: Any = None  # of a GPU
 
 
 @dataclass(frozen=True)
@@ -99,3 +103,4 @@ class MergeAttention:
     lses: tuple[Float32, ...]  # each outs[i].shape[:-1] (views: the caller's order may differ)
     out: Array
     lse: Float32
+    stream: Any = None  # of a GPU

@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cumla.attention import dense_decode, sparse_decode
-from cumla.attention.arguments import check_flag, plan_for
+from cumla.attention.arguments import check_flag
 from cumla.backends.arrays import Arrays
 from cumla.checks import bad_type, bad_value, check_int, check_shape
 from cumla.flash_mla.names import check_absent, check_given, speaking_of
 from cumla.layouts import KVLayout, layout_of
-from cumla.schedule import DecodePlan, sparse_kv_lengths
+from cumla.schedule import DecodePlan, plan_for_cpu, sparse_kv_lengths
 
 Array = NDArray[Any]
 Int32 = NDArray[np.int32]
@@ -163,7 +163,7 @@ def flash_mla_with_kvcache(
     found, lse = run(arrays, softmax_scale, bool(causal), holder.plan)
     if holder.plan is None:
         # Only now that the op has taken all arguments, and just as it planned for itself.
-        holder.plan = plan_for(None, "cache_seqlens", _kv_lengths(arrays, config))
+        holder.plan = plan_for_cpu(_kv_lengths(arrays, config))
         holder.config = config
     return arrays.give_back("out", found), arrays.give_back("lse", lse)
 

@@ -18,7 +18,7 @@ from cumla import layouts
 from cumla.backends.numpy.parallel import run_ordered
 from cumla.backends.numpy.softmax import TILE_ROWS, SoftmaxState, chunk_tokens, scaled_queries
 from cumla.backends.problems import DenseDecode, SparseDecode, TokenPool
-from cumla.schedule import DecodePlan, Piece
+from cumla.schedule import DecodePlan, Piece, plan_for_cpu, sparse_kv_lengths
 from cumla.scratch import scratch
 
 Array = NDArray[Any]
@@ -35,6 +35,7 @@ def dense_decode(problem: DenseDecode, dtype: DTypeLike) -> None:
     _, page_size, h_kv, _ = problem.kv_cache.shape
     group = h_q // h_kv
     d_v = problem.layout.d_v
+    plan = problem.plan or plan_for_cpu(problem.cache_seqlens)
     steps_back = (s_q - 1 - np.arange(s_q)) if problem.causal else np.zeros(s_q, np.int64)
 
     def attend(piece: Piece, part: tuple[slice, slice, int]) -> SoftmaxState:
@@ -44,8 +45,8 @@ def dense_decode(problem: DenseDecode, dtype: DTypeLike) -> None:
         length = int(problem.cache_seqlens[piece.request])
         limit = np.repeat(length - steps_back[queries], group)
         state = SoftmaxState(len(limit), d_v, dtype)
-        first = piece.begin_block * problem.plan.block_size
-        last = min(piece.end_block * problem.plan.block_size, int(limit[-1]))
+        first = piece.begin_block * plan.block_size
+        last = min(piece.end_block * plan.block_size, int(limit[-1]))
         chunk = chunk_tokens(len(limit))
         for begin in range(first, last, chunk):
             token = np.arange(begin, min(begin + chunk, last))
@@ -70,7 +71,7 @@ def dense_decode(problem: DenseDecode, dtype: DTypeLike) -> None:
         for head in range(h_kv)
         for first in range(0, s_q, step)
     ]
-    _run_pieces(problem.plan, parts, attend, store)
+    _run_pieces(plan, parts, attend, store)
 
 
 def sparse_decode(problem: SparseDecode, dtype: DTypeLike) -> None:
@@ -82,6 +83,7 @@ def sparse_decode(problem: SparseDecode, dtype: DTypeLike) -> None:
     """
     _, s_q, h_q, d_qk = problem.q.shape
     d_v = problem.main.layout.d_v
+    plan = problem.plan or plan_for_cpu(_kv_lengths(problem))
 
     def attend(piece: Piece, s: int) -> SoftmaxState:
         q_scaled = scaled_queries(problem.q[piece.request, s], problem.softmax_scale, dtype)
@@ -89,7 +91,7 @@ def sparse_decode(problem: SparseDecode, dtype: DTypeLike) -> None:
         chunk = chunk_tokens(h_q)
         rows = scratch("rows", (chunk, d_qk), np.float32)
         filled = 0
-        for pool, slots in _selections(problem, piece, s):
+        for pool, slots in _selections(problem, plan.block_size, piece, s):
             begin = 0
             while begin < len(slots):
                 part = slots[begin : begin + chunk - filled]
@@ -109,7 +111,18 @@ def sparse_decode(problem: SparseDecode, dtype: DTypeLike) -> None:
         problem.out[request, s] = out
         problem.lse[request, :, s] = lse
 
-    _run_pieces(problem.plan, range(s_q), attend, store)
+    _run_pieces(plan, range(s_q), attend, store)
+
+
+def _kv_lengths(problem: SparseDecode) -> Array:
+    main, extra = problem.main, problem.extra
+    return sparse_kv_lengths(
+        len(problem.q),
+        main.indices.shape[2],
+        main.topk_length,
+        extra.indices.shape[2] if extra else 0,
+        extra.topk_length if extra else None,
+    )
 
 
 def _add(state: SoftmaxState, q_scaled: Array, rows: Array, d_v: int) -> None:
@@ -117,13 +130,14 @@ def _add(state: SoftmaxState, q_scaled: Array, rows: Array, d_v: int) -> None:
     state.add_keys(q_scaled, k, k[:, :d_v])
 
 
-def _selections(problem: SparseDecode, piece: Piece, s: int) -> list[tuple[TokenPool, Array]]:
+def _selections(
+    problem: SparseDecode, block: int, piece: Piece, s: int
+) -> list[tuple[TokenPool, Array]]:
     """What query s of the piece's request selects within the piece's blocks: slots of each pool.
 
     The blocks count the main pool's indices first, rounded up to a block and at least one, then
     the extra pool's (see `schedule.sparse_kv_lengths`).
     """
-    block = problem.plan.block_size
     begin, end = piece.begin_block * block, piece.end_block * block
     selections = [(problem.main, _slots(problem.main, piece.request, s, begin, end))]
     if problem.extra is not None:
