@@ -27,6 +27,8 @@ struct f16 {
 inline u32 bits_of(float value) { return __float_as_uint(value); }
 inline float float_of(u32 bits) { return __uint_as_float(bits); }
 
+inline float infinity() { return float_of(0x7F800000u); }
+
 inline float to_float(float value) { return value; }
 inline float to_float(bf16 value) { return float_of(static_cast<u32>(value.bits) << 16); }
 inline float to_float(f16 value) {

@@ -1,0 +1,153 @@
+// Sparse MLA decoding: the tokens that each query selects, of one or two pools, in one softmax.
+//
+// A tile is heads of one query token, as every token has its own selection. Positions count the
+// main pool's indices first, rounded up to blocks of the plan and at least one, then the extra
+// pool's. An index that is negative or beyond its pool selects nothing and is not followed.
+#pragma once
+
+#include "portable/decode/attend.cuh"
+
+namespace cumla {
+
+// A pool and what one query selects of it.
+struct Selection {
+    Pool pool;
+    u32 num_tokens;      // of the pool
+    const i32* indices;  // [topk], of the query
+    u32 count;           // how many of them count
+
+    __forceinline__ i32 id(u32 position) const {
+        return position < count ? indices[position] : -1;
+    }
+    template <class Rows>
+    __forceinline__ Location locate(i32 slot) const {
+        if (static_cast<u32>(slot) >= num_tokens) return {nullptr, nullptr};
+        u32 page = pool.page_size.divide(slot);
+        return cumla::locate<Rows>(pool, page, slot - page * pool.page_size.divisor);
+    }
+};
+
+template <bool HAS_EXTRA>
+struct SparseSource {
+    Selection main, extra;
+    u32 extra_begin;  // position of the extra pool's first index
+    u32 end;          // of the work
+
+    __forceinline__ const u8* anywhere() const { return main.pool.pages; }
+    __forceinline__ i32 id(u32 position) const {
+        if (position >= end) return -1;
+        if constexpr (HAS_EXTRA)
+            if (position >= extra_begin) return extra.id(position - extra_begin);
+        return main.id(position);
+    }
+    template <class Rows>
+    __forceinline__ Location locate(i32 slot, u32 position) const {
+        if constexpr (HAS_EXTRA)
+            if (position >= extra_begin) return extra.template locate<Rows>(slot);
+        return main.template locate<Rows>(slot);
+    }
+};
+
+struct HeadIndex {
+    u32 first, heads;  // of the tile; of all tiles
+    u32 token;
+
+    __forceinline__ bool exists(u32 row) const { return first + row < heads; }
+    __forceinline__ RowIndex of(u32 row) const { return {token, first + row}; }
+};
+
+// A pool and what all queries select of it.
+struct Selections {
+    Pool pool;
+    const i32* indices;  // [b, s_q, topk]
+    i64 indices_batch, indices_token;
+    const i32* topk_length;  // [b, s_q]; may be null: all count
+    i64 length_batch, length_token;
+    u32 topk;
+
+    __forceinline__ u32 count(i32 request, u32 token) const {
+        if (topk_length == nullptr) return topk;
+        i32 length = topk_length[request * length_batch + token * length_token];
+        return min_of(static_cast<u32>(max_of(length, 0)), topk);
+    }
+    __forceinline__ Selection of(i32 request, u32 token) const {
+        return {pool, pool.num_pages * pool.page_size.divisor,
+                indices + request * indices_batch + token * indices_token,
+                count(request, token)};
+    }
+};
+
+template <class Tile, bool HAS_EXTRA, int MIN_BLOCKS>
+__global__ void __launch_bounds__(Tile::THREADS, MIN_BLOCKS) decode_sparse(
+    const typename Tile::T* q,  // [b, s_q, h_q, d_qk]
+    i64 q_batch, i64 q_token, i64 q_head,
+    typename Tile::T* out,  // [b, s_q, h_q, d_v]
+    i64 out_batch, i64 out_token, i64 out_head,
+    float* lse,  // [b, h_q, s_q]
+    i64 lse_batch, i64 lse_head, i64 lse_token,
+    float* o_accum,          // [slots, s_q, h_q, d_v]; may be null if no request is split
+    float* lse_accum,        // [slots, s_q, h_q]; likewise
+    const float* attn_sink,  // [h_q]; may be null
+    u32 batch, u32 s_q, u32 h_q, u32 tiles,
+    u32 aligned,  // bit 0: rows of q begin at multiples of 16 bytes; bit 1: of out, of 8
+    const u8* kv_cache,  // [pages, page_size, 1, row]
+    i64 page_stride, i64 row_stride,  // bytes
+    u32 num_pages, u32 page_size, u32 page_multiplier, u32 page_shift,
+    const i32* indices,  // [b, s_q, topk]
+    i64 indices_batch, i64 indices_token,
+    const i32* topk_length,  // [b, s_q]; may be null: all count
+    i64 length_batch, i64 length_token, u32 topk,
+    const u8* extra_kv_cache,  // the extra pool likewise; not looked at unless HAS_EXTRA
+    i64 extra_page_stride, i64 extra_row_stride,
+    u32 extra_num_pages, u32 extra_page_size, u32 extra_page_multiplier, u32 extra_page_shift,
+    const i32* extra_indices,  // [b, s_q, extra_topk]
+    i64 extra_indices_batch, i64 extra_indices_token,
+    const i32* extra_topk_length,  // [b, s_q]; may be null
+    i64 extra_length_batch, i64 extra_length_token, u32 extra_topk,
+    const i32* kv_lens,          // [b]: positions of each request
+    const PartOfPlan* metadata,  // [parts]
+    const i32* num_splits,       // [b + 1]
+    u32 block_size, float scale_log2) {
+    extern __shared__ u8 memory[];
+    auto& shared = *reinterpret_cast<typename Tile::Shared*>(memory);
+    using T = typename Tile::T;
+
+    u32 tile = blockIdx.x % tiles, token = blockIdx.x / tiles % s_q;
+    PartOfPlan part = metadata[blockIdx.x / tiles / s_q];
+    if (part.begin_req >= batch) return;
+
+    RowArrays<T> arrays{q, q_batch, q_token, q_head, out, out_batch, out_token, out_head,
+                        lse, lse_batch, lse_head, lse_token, o_accum, lse_accum, attn_sink,
+                        s_q, h_q, (aligned & 1) != 0, (aligned & 2) != 0};
+    HeadIndex index{tile * Tile::ROWS, h_q, token};
+    Selections main{{kv_cache, page_stride, row_stride, num_pages,
+                     {page_size, page_multiplier, page_shift}},
+                    indices, indices_batch, indices_token,
+                    topk_length, length_batch, length_token, topk};
+    Selections extra{{extra_kv_cache, extra_page_stride, extra_row_stride, extra_num_pages,
+                      {extra_page_size, extra_page_multiplier, extra_page_shift}},
+                     extra_indices, extra_indices_batch, extra_indices_token,
+                     extra_topk_length, extra_length_batch, extra_length_token, extra_topk};
+    u32 rows = min_of(h_q - index.first, static_cast<u32>(Tile::ROWS));
+
+    Attention<Tile, SparseSource<HAS_EXTRA>> attention(shared, rows);
+    for (i32 request = part.begin_req; request <= part.end_req; request++) {
+        Work work(part, request, num_splits, block_size, kv_lens[request]);
+        SparseSource<HAS_EXTRA> source;
+        source.main = main.of(request, token);
+        source.end = work.end;
+        if constexpr (HAS_EXTRA) {
+            // All queries of a request follow one schedule: the longest selection decides.
+            u32 longest = 1;
+            for (u32 s = 0; s < s_q; s++) longest = max_of(longest, main.count(request, s));
+            source.extra_begin = ceil_div(longest, block_size) * block_size;
+            source.extra = extra.of(request, token);
+        }
+        TileRows<T, HeadIndex> tile_rows{arrays, index, request};
+        attention.load_queries(tile_rows);
+        attention.run(source, work.begin, work.end, work.end, scale_log2);
+        attention.store(tile_rows, work);
+    }
+}
+
+}  // namespace cumla

@@ -1,0 +1,169 @@
+// Keys on their way from global memory to the buffer that both products read.
+//
+// A warp fetches its own TOKENS / WARPS tokens of every tile, so that what it waits for is its own.
+// One lane a token finds the row's address, an iteration before it is needed (the index comes from
+// global memory, too); then groups of lanes copy the rows in 16-byte pieces. Rows that do not
+// exist are filled with zeros and their token is flagged: nothing of them can reach a result.
+//
+// 16-bit rows land where they are used. FP8 rows land as they are and are decoded once, by the warp
+// that fetched them, into the one buffer of keys.
+#pragma once
+
+// #include "include/fp8.cuh"
+#include "portable/decode/tile.cuh"
+
+namespace cumla {
+
+// Division by a number that is the same for the whole launch: n / divisor = n * multiplier >> shift
+// for 0 <= n < 2**31 (cumla/kernels/decode.py computes the two).
+struct Divisor {
+    u32 divisor, multiplier, shift;
+    __forceinline__ u32 divide(u32 n) const {
+        return static_cast<u32>(static_cast<u64>(n) * multiplier >> shift);
+    }
+};
+
+// A pool of pages, seen from one KV head.
+struct Pool {
+    const u8* pages;    // [num_pages, page_size, rows]
+    i64 page_stride;    // bytes
+    i64 row_stride;     // bytes
+    u32 num_pages;
+    Divisor page_size;
+
+    // The row of token `offset` of page `page`, which is in the pool.
+    __forceinline__ const u8* row(u32 page, u32 offset) const {
+        return pages + page * page_stride + offset * row_stride;
+    }
+};
+
+// Where a token's bytes begin; null for none.
+struct Location {
+    const u8* row;
+    const u8* scales;  // of layouts that keep them at the page's end
+};
+
+template <class Rows>
+__forceinline__ Location locate(const Pool& pool, u32 page, u32 offset) {
+    Location found{pool.row(page, offset), nullptr};
+    if constexpr (Rows::IS_FP8) {
+        if constexpr (Rows::SCALES_AT_PAGE_END)
+            found.scales = pool.pages + page * pool.page_stride +
+                           pool.page_size.divisor * pool.row_stride + offset * Rows::SCALE_BYTES;
+    }
+    return found;
+}
+
+template <class Tile, class Source>
+struct Stages {
+    using Rows = typename Tile::Rows;
+    using Shared = typename Tile::Shared;
+    static constexpr int WARP_TOKENS = Tile::TOKENS / Tile::WARPS;
+    // Lanes that copy one row: 128 bytes of a 16-bit row at a time; of FP8 rows, which begin at any
+    // multiple of 16 bytes, 256, so that fewer 32-byte sectors are touched twice.
+    static constexpr int ROW_LANES = Rows::IS_FP8 ? 16 : 8;
+    static constexpr int TOKENS_AT_ONCE = 32 / ROW_LANES;
+    static constexpr int ROUNDS = WARP_TOKENS / TOKENS_AT_ONCE;
+    static constexpr int CHUNKS = (Rows::IS_FP8 ? Tile::RAW_BYTES : Tile::PITCH) / 16;
+
+    const Source& source;
+    Shared& shared;
+    const Place<Tile>& at;
+    u32 position;  // of the lane's token in the next tile to fetch
+    i32 id;        // what the source says of it
+    u32 flags;     // slot of the next tile's flags
+    u32 stage;     // of the next tile to fetch
+
+    __forceinline__ Stages(const Source& source, Shared& shared, const Place<Tile>& at, u32 begin)
+        : source(source), shared(shared), at(at), flags(0), stage(0) {
+        position = begin + at.warp * WARP_TOKENS + at.lane;
+        id = next_id();
+    }
+
+    __forceinline__ i32 next_id() const {
+        return at.lane < WARP_TOKENS ? source.id(position) : -1;
+    }
+
+    // Begin to copy the next tile. Its stage and flag slot must be free.
+    __forceinline__ void fetch() {
+        Location found = source.template locate<Rows>(id, position);
+        bool exists = found.row != nullptr;
+        position += Tile::TOKENS;
+        id = next_id();
+        if (at.lane < WARP_TOKENS) {
+            u32 token = at.warp * WARP_TOKENS + at.lane;
+            shared.valid[flags][token] = exists;
+            if constexpr (Tile::RAW_SCALES > 0)
+                copy_async_8(
+                    shared_address(shared.raw_scales[stage]) + token * Tile::RAW_SCALES,
+                    exists ? found.scales : source.anywhere(), exists);
+        }
+        u32 existing = __ballot_sync(FULL_WARP, exists);
+        u64 row = reinterpret_cast<u64>(exists ? found.row : source.anywhere());
+        u32 part = at.lane % ROW_LANES;
+#pragma unroll
+        for (int round = 0; round < ROUNDS; round++) {
+            u32 from = round * TOKENS_AT_ONCE + at.lane / ROW_LANES;
+            u64 low = __shfl_sync(FULL_WARP, static_cast<u32>(row), from);
+            u64 high = __shfl_sync(FULL_WARP, static_cast<u32>(row >> 32), from);
+            const u8* begin = reinterpret_cast<const u8*>(high << 32 | low) + part * 16;
+            bool valid = existing >> from & 1;
+            u32 token = at.warp * WARP_TOKENS + from;
+            u32 target;
+            if constexpr (Rows::IS_FP8)
+                target = shared_address(shared.raw[stage]) + token * Tile::RAW_BYTES + part * 16;
+            else
+                target = shared_address(shared.keys[stage]) + Tile::key_offset(token, part);
+#pragma unroll
+            for (int chunk = 0; chunk < CHUNKS; chunk += ROW_LANES)
+                if (chunk + ROW_LANES <= CHUNKS || part < CHUNKS - chunk)
+                    copy_async_16(target + chunk * 16, begin + chunk * 16, valid);
+        }
+        copy_async_commit();
+        flags = flags + 1 == Tile::FLAG_SLOTS ? 0 : flags + 1;
+        stage = stage + 1 == Tile::STAGES ? 0 : stage + 1;
+    }
+};
+
+// Decode the warp's own FP8 rows of stage `stage` into the buffer of keys.
+template <class Tile>
+__forceinline__ void decode_rows(typename Tile::Shared& shared, const Place<Tile>& at, u32 stage) {
+    using Rows = typename Tile::Rows;
+    constexpr int WARP_TOKENS = Tile::TOKENS / Tile::WARPS;
+    constexpr int PIECES = Rows::D_NOPE / 16;  // of 16 codes
+    u32 raw = shared_address(shared.raw[stage]);
+    u32 keys = shared_address(shared.keys[0]);
+#pragma unroll
+    for (int t = 0; t < WARP_TOKENS; t++) {
+        u32 token = at.warp * WARP_TOKENS + t;
+        if (at.lane < PIECES) {
+            u32 piece = at.lane;
+            Vec16 codes = load_shared_16(raw + token * Tile::RAW_BYTES + piece * 16);
+            u32 scale;
+            if constexpr (Rows::SCALES_AT_PAGE_END) {
+                scale = scale_of_ue8m0(
+                    shared.raw_scales[stage][token * Tile::RAW_SCALES + piece * 16 / Rows::TILE]);
+            } else {
+                scale = scale_of_float(float_of(load_shared_4(
+                    raw + token * Tile::RAW_BYTES + Rows::D_NOPE + piece * 16 / Rows::TILE * 4)));
+            }
+            Vec16 low, high;
+            decode_e4m3x16(codes, scale, low, high);
+            u32 target = keys + Tile::key_offset(token, 2 * piece);
+            store_shared_16(target, low);
+            store_shared_16(target ^ 16, high);
+        }
+    }
+    // RoPE: 8 chunks of bf16 a token, as they are.
+    constexpr int ROPE_CHUNKS = Rows::D_ROPE / 8;
+    static_assert(ROPE_CHUNKS == 8);
+#pragma unroll
+    for (int t = 0; t < WARP_TOKENS; t += 4) {
+        u32 token = at.warp * WARP_TOKENS + t + at.lane / 8;
+        Vec16 numbers = load_shared_16(raw + token * Tile::RAW_BYTES + Rows::ROPE_OFFSET +
+                                       at.lane % 8 * 16);
+        store_shared_16(keys + Tile::key_offset(token, Rows::D_NOPE / 8 + at.lane % 8), numbers);
+    }
+}
+
+}  // namespace cumla
