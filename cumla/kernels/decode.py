@@ -48,22 +48,23 @@ class Tile:
 
     @property
     def shared_bytes(self) -> int:
-        """The size of kernels_cu's `Tile::Shared`: members in order, each at its alignment."""
+        """kernels_cu's `Tile::SHARED_BYTES`: what it holds, each at its alignment."""
         layout, fp8 = self.layout, self.layout.is_fp8
-        side = layout.scale_bytes if layout.scales_at_page_end else 0
+        raw_stages = self.stages if fp8 else 0
+        beside = layout.scale_bytes if layout.scales_at_page_end else 0
         sizes = [
             (128, (1 if fp8 else self.stages) * TOKENS * layout.d_qk * 2),  # keys
-            (16, self.stages * TOKENS * layout.data_row_bytes if fp8 else 16),  # raw
-            (16, self.stages * TOKENS * side if fp8 and side else 16 * (self.stages if fp8 else 1)),
-            (16, _SLICES * self.rows * TOKENS * 4),  # scores
+            (128, raw_stages * TOKENS * layout.data_row_bytes),  # FP8 rows
+            (16, raw_stages * TOKENS * beside),  # their scales, if beside
+            (128, _SLICES * self.rows * TOKENS * 4),  # scores
             (128, self.rows * TOKENS * 2),  # weights
-            (16, (self.stages + 1) * TOKENS),  # valid
-            (4, self.rows * 4),  # factor
+            (16, (self.stages + 1) * TOKENS),  # flags
+            (16, self.rows * 4),  # factors
         ]
         end = 0
         for alignment, size in sizes:
             end = -(-end // alignment) * alignment + size
-        return -(-end // 128) * 128
+        return end
 
 
 # (rows, warps, stages, blocks an SM), for 16-bit rows and for FP8 rows, by shared memory of a block.

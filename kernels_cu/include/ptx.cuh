@@ -10,18 +10,21 @@ __forceinline__ u32 shared_address(const void* pointer) {
     return static_cast<u32>(__cvta_generic_to_shared(pointer));
 }
 
-// 16 bytes from global to shared memory, behind the thread's back and past L1; zeros if not `valid`,
-// and then nothing is read.
-__forceinline__ void copy_async_16(u32 target, const void* source, bool valid) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
-                 "r"(valid ? 16 : 0)
+// Offsets are template arguments so that they become immediates of the instruction.
+
+// 16 bytes from global to shared memory, behind the thread's back and past L1. `bytes` is 16, or 0
+// to fill with zeros; then nothing is read.
+template <int OFFSET>
+__forceinline__ void copy_async_16(u32 target, const void* source, u32 bytes) {
+    asm volatile("cp.async.cg.shared.global [%0 + %3], [%1 + %3], 16, %2;" ::"r"(target),
+                 "l"(source), "r"(bytes), "n"(OFFSET)
                  : "memory");
 }
 
-// The same for 8 bytes.
-__forceinline__ void copy_async_8(u32 target, const void* source, bool valid) {
+// The same for 8 bytes; `bytes` is 8 or 0.
+__forceinline__ void copy_async_8(u32 target, const void* source, u32 bytes) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(target), "l"(source),
-                 "r"(valid ? 8 : 0)
+                 "r"(bytes)
                  : "memory");
 }
 
@@ -34,17 +37,19 @@ __forceinline__ void copy_async_wait() {
 }
 
 // Four 8x8 matrices of 16-bit numbers; lane i gives the address of row i % 8 of matrix i / 8.
+template <int OFFSET>
 __forceinline__ void load_matrices(u32 (&result)[4], u32 address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4 + %5];"
                  : "=r"(result[0]), "=r"(result[1]), "=r"(result[2]), "=r"(result[3])
-                 : "r"(address)
+                 : "r"(address), "n"(OFFSET)
                  : "memory");
 }
 
+template <int OFFSET>
 __forceinline__ void load_matrices_transposed(u32 (&result)[4], u32 address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4 + %5];"
                  : "=r"(result[0]), "=r"(result[1]), "=r"(result[2]), "=r"(result[3])
-                 : "r"(address)
+                 : "r"(address), "n"(OFFSET)
                  : "memory");
 }
 
@@ -78,41 +83,75 @@ __forceinline__ float log2_approx(float value) {
     return result;
 }
 
-__forceinline__ void store_shared_16(u32 address, Vec16 value) {
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.x),
-                 "r"(value.y), "r"(value.z), "r"(value.w)
+template <int OFFSET = 0>
+__forceinline__ void store_shared(u32 address, u8 value) {
+    asm volatile("st.shared.u8 [%0 + %2], %1;" ::"r"(address), "r"(static_cast<u32>(value)),
+                 "n"(OFFSET)
                  : "memory");
 }
-__forceinline__ void store_shared_8(u32 address, u32 x, u32 y) {
-    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(address), "r"(x), "r"(y) : "memory");
+template <int OFFSET = 0>
+__forceinline__ void store_shared(u32 address, float value) {
+    asm volatile("st.shared.f32 [%0 + %2], %1;" ::"r"(address), "f"(value), "n"(OFFSET)
+                 : "memory");
 }
-__forceinline__ void store_shared_8(u32 address, float x, float y) {
-    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory");
+template <int OFFSET = 0>
+__forceinline__ void store_shared(u32 address, float x, float y) {
+    asm volatile("st.shared.v2.f32 [%0 + %3], {%1, %2};" ::"r"(address), "f"(x), "f"(y),
+                 "n"(OFFSET)
+                 : "memory");
 }
+template <int OFFSET = 0>
+__forceinline__ void store_shared(u32 address, u32 x, u32 y) {
+    asm volatile("st.shared.v2.b32 [%0 + %3], {%1, %2};" ::"r"(address), "r"(x), "r"(y),
+                 "n"(OFFSET)
+                 : "memory");
+}
+template <int OFFSET = 0>
+__forceinline__ void store_shared(u32 address, Vec16 value) {
+    asm volatile("st.shared.v4.b32 [%0 + %5], {%1, %2, %3, %4};" ::"r"(address), "r"(value.x),
+                 "r"(value.y), "r"(value.z), "r"(value.w), "n"(OFFSET)
+                 : "memory");
+}
+
+template <int OFFSET = 0>
+__forceinline__ u32 load_shared_byte(u32 address) {
+    u32 value;
+    asm volatile("ld.shared.u8 %0, [%1 + %2];" : "=r"(value) : "r"(address), "n"(OFFSET) : "memory");
+    return value;
+}
+template <int OFFSET = 0>
+__forceinline__ u32 load_shared_word(u32 address) {
+    u32 value;
+    asm volatile("ld.shared.b32 %0, [%1 + %2];"
+                 : "=r"(value)
+                 : "r"(address), "n"(OFFSET)
+                 : "memory");
+    return value;
+}
+template <int OFFSET = 0>
+__forceinline__ float load_shared_float(u32 address) {
+    float value;
+    asm volatile("ld.shared.f32 %0, [%1 + %2];"
+                 : "=f"(value)
+                 : "r"(address), "n"(OFFSET)
+                 : "memory");
+    return value;
+}
+template <int OFFSET = 0>
+__forceinline__ void load_shared_floats(float (&value)[4], u32 address) {
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4 + %5];"
+                 : "=f"(value[0]), "=f"(value[1]), "=f"(value[2]), "=f"(value[3])
+                 : "r"(address), "n"(OFFSET)
+                 : "memory");
+}
+template <int OFFSET = 0>
 __forceinline__ Vec16 load_shared_16(u32 address) {
     Vec16 value;
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4 + %5];"
                  : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-                 : "r"(address)
+                 : "r"(address), "n"(OFFSET)
                  : "memory");
     return value;
-}
-__forceinline__ void load_shared_floats(float (&value)[4], u32 address) {
-    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(value[0]), "=f"(value[1]), "=f"(value[2]), "=f"(value[3])
-                 : "r"(address)
-                 : "memory");
-}
-__forceinline__ u32 load_shared_4(u32 address) {
-    u32 value;
-    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
-    return value;
-}
-__forceinline__ void load_shared_8(u32 (&value)[2], u32 address) {
-    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];"
-                 : "=r"(value[0]), "=r"(value[1])
-                 : "r"(address)
-                 : "memory");
 }
 
 }  // namespace cumla

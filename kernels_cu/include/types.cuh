@@ -78,6 +78,19 @@ constexpr T min_of(T a, T b) { return a < b ? a : b; }
 template <class T>
 constexpr T max_of(T a, T b) { return a < b ? b : a; }
 
+// A loop whose counter is a constant in its body: each(Constant<0>), ... each(Constant<N - 1>).
+template <int I>
+struct Constant {
+    constexpr operator int() const { return I; }
+};
+template <int N, int I = 0, class Body>
+__forceinline__ void repeat(const Body& each) {
+    if constexpr (I < N) {
+        each(Constant<I>{});
+        repeat<N, I + 1>(each);
+    }
+}
+
 constexpr u32 FULL_WARP = 0xFFFFFFFFu;
 
 }  // namespace cumla

@@ -63,9 +63,8 @@ struct RowState {
 template <class Tile, class Source>
 struct Attention {
     using T = typename Tile::T;
-    using Shared = typename Tile::Shared;
 
-    Shared& shared;
+    u32 shared;  // where the block's shared memory begins
     Place<Tile> at;
     Queries<Tile> queries;
     Output<Tile> output;
@@ -73,7 +72,7 @@ struct Attention {
     u32 row, sub;  // of softmax: the thread's row, and which of its ROW_THREADS threads it is
     u32 subs;      // 16-row matrices that hold rows
 
-    __forceinline__ Attention(Shared& shared, u32 rows) : shared(shared) {
+    __forceinline__ Attention(u32 shared, u32 rows) : shared(shared) {
         // `rows` of the tile's rows exist.
         row = threadIdx.x / Tile::ROW_THREADS;
         sub = threadIdx.x % Tile::ROW_THREADS;
@@ -85,7 +84,7 @@ struct Attention {
     __forceinline__ void load_queries(const Rows& rows) {
         constexpr int AT_ONCE = min_of(Tile::ROWS, Tile::K_BUFFERS * Tile::TOKENS);
         constexpr int CHUNKS = Tile::D_QK / 8;
-        u32 buffer = shared_address(shared.keys);
+        u32 buffer = shared + Tile::KEYS;
 #pragma unroll 1
         for (int first = 0; first < Tile::ROWS; first += AT_ONCE) {
             __syncthreads();  // the buffer is free
@@ -97,9 +96,9 @@ struct Attention {
                 for (int chunk = at.lane; chunk < CHUNKS; chunk += 32) {
                     u32 place = buffer + Tile::key_offset(r, chunk);
                     if (rows.arrays.q_aligned || !exists)
-                        copy_async_16(place, exists ? q + chunk * 8 : q, exists);
+                        copy_async_16<0>(place, exists ? q + chunk * 8 : q, exists ? 16 : 0);
                     else
-                        store_shared_16(place, gather_16(q + chunk * 8));
+                        store_shared(place, gather_16(q + chunk * 8));
                 }
             }
             copy_async_commit();
@@ -122,7 +121,7 @@ struct Attention {
     __forceinline__ void multiply(u32 keys) {
         int mine = static_cast<int>(subs) - static_cast<int>(at.row_group) * Tile::GROUP_SUBS;
         if (mine >= SUBS) {
-            multiply_keys<Tile, SUBS>(at, queries, keys, shared_address(shared.scores));
+            multiply_keys<Tile, SUBS>(at, queries, keys, shared);
         } else {
             if constexpr (SUBS > 1) multiply<SUBS - 1>(keys);
         }
@@ -131,7 +130,7 @@ struct Attention {
     template <int SUBS>
     __forceinline__ void accumulate(u32 keys) {
         if (subs >= SUBS) {
-            output.template add<SUBS>(at, shared_address(shared.weights), keys);
+            output.template add<SUBS>(at, shared, keys);
         } else {
             if constexpr (SUBS > 1) accumulate<SUBS - 1>(keys);
         }
@@ -141,31 +140,27 @@ struct Attention {
     __forceinline__ bool softmax(u32 flags, u32 position, u32 limit, float scale_log2) {
         float z[Tile::QUADS][4];
         float peak = -infinity();
-        u32 scores = shared_address(shared.scores);
-#pragma unroll
-        for (int quad = 0; quad < Tile::QUADS; quad++) {
+        repeat<Tile::QUADS>([&](auto quad_) {
+            constexpr int quad = quad_;
             u32 token = (quad * Tile::ROW_THREADS + sub) * 4;
-            u32 place = scores + 4 * Tile::score_index(row, token);
-            load_shared_floats(z[quad], place);
-#pragma unroll
-            for (int slice = 1; slice < Tile::SLICES; slice++) {
+            u32 place = shared + 4 * Tile::score_index(row, token);
+            load_shared_floats<Tile::SCORES>(z[quad], place);
+            repeat<Tile::SLICES - 1>([&](auto slice) {
                 float more[4];
-                load_shared_floats(more, place + slice * 4 * Tile::ROWS * Tile::TOKENS);
-#pragma unroll
-                for (int i = 0; i < 4; i++) z[quad][i] += more[i];
-            }
-            u32 valid = load_shared_4(shared_address(shared.valid[flags]) + token);
-#pragma unroll
-            for (int i = 0; i < 4; i++) z[quad][i] *= scale_log2;
+                load_shared_floats<Tile::SCORES + (slice + 1) * 4 * Tile::ROWS * Tile::TOKENS>(
+                    more, place);
+                repeat<4>([&](auto i) { z[quad][i] += more[i]; });
+            });
+            u32 valid = load_shared_word<Tile::VALID>(shared + flags * Tile::TOKENS + token);
+            repeat<4>([&](auto i) { z[quad][i] *= scale_log2; });
             u32 last = position + token + 3;
             if (valid != 0x01010101u || last >= limit) {
-#pragma unroll
-                for (int i = 0; i < 4; i++)
+                repeat<4>([&](auto i) {
                     if (!(valid >> 8 * i & 1) || last - 3 + i >= limit) z[quad][i] = -infinity();
+                });
             }
-#pragma unroll
-            for (int i = 0; i < 4; i++) peak = fmaxf(peak, z[quad][i]);
-        }
+            repeat<4>([&](auto i) { peak = fmaxf(peak, z[quad][i]); });
+        });
 #pragma unroll
         for (int step = Tile::ROW_THREADS / 2; step > 0; step /= 2)
             peak = fmaxf(peak, __shfl_xor_sync(FULL_WARP, peak, step));
@@ -176,22 +171,21 @@ struct Attention {
         // A row that has seen nothing keeps its peak of -inf: compared with 0, its weights are 0.
         float shift = state.peak == -infinity() ? 0 : state.peak;
         float total = 0;
-        u32 weights = shared_address(shared.weights);
-#pragma unroll
-        for (int quad = 0; quad < Tile::QUADS; quad++) {
+        repeat<Tile::QUADS>([&](auto quad_) {
+            constexpr int quad = quad_;
             u32 token = (quad * Tile::ROW_THREADS + sub) * 4;
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
+            repeat<4>([&](auto i) {
                 z[quad][i] = exp2_approx(z[quad][i] - shift);
                 total += z[quad][i];
-            }
-            store_shared_8(weights + Tile::weight_offset(row, token / 8) + token % 8 * 2,
-                           pack<T>(z[quad][0], z[quad][1]), pack<T>(z[quad][2], z[quad][3]));
-        }
+            });
+            store_shared<Tile::WEIGHTS>(
+                shared + Tile::weight_offset(row, token / 8) + token % 8 * 2,
+                pack<T>(z[quad][0], z[quad][1]), pack<T>(z[quad][2], z[quad][3]));
+        });
         bool rescale = grows && before != -infinity();
         float factor = rescale ? exp2_approx(before - shift) : 1;
         state.total = state.total * factor + total;
-        if (sub == 0) shared.factor[row] = factor;
+        if (sub == 0) store_shared<Tile::FACTOR>(shared + 4 * row, factor);
         return rescale;
     }
 
@@ -201,7 +195,7 @@ struct Attention {
                              float scale_log2) {
         output.clear();
         state = {-infinity(), 0};
-        Stages<Tile, Source> stages(source, shared, at, begin);
+        Stages<Tile, Source> stages(source, at, shared, begin);
         // 16-bit rows: a stage is free again after the tile's last step, one barrier later.
         constexpr int AHEAD = Tile::STAGES - (Tile::Rows::IS_FP8 ? 0 : 1);
 #pragma unroll 1
@@ -212,7 +206,7 @@ struct Attention {
             copy_async_wait<AHEAD - 1>();
             if constexpr (Tile::Rows::IS_FP8) {
                 __syncthreads();  // nobody reads the keys of the last tile any more
-                decode_rows<Tile>(shared, at, stage);
+                decode_rows<Tile>(at, shared, stage);
                 __syncwarp();
                 stages.fetch();
                 __syncthreads();
@@ -220,13 +214,14 @@ struct Attention {
                 __syncthreads();
                 stages.fetch();
             }
-            u32 keys = shared_address(shared.keys[Tile::Rows::IS_FP8 ? 0 : stage]);
+            u32 keys = shared + Tile::KEYS;
+            if constexpr (!Tile::Rows::IS_FP8) keys += stage * (Tile::TOKENS * Tile::PITCH);
             multiply<Tile::GROUP_SUBS>(keys);
             __syncthreads();
             // Nobody has computed scores for 16-row matrices without rows.
             bool rescale = false;
             if (row < 16 * subs) rescale = softmax(flags, position, limit, scale_log2);
-            if (__syncthreads_or(rescale)) output.scale(at, shared.factor);
+            if (__syncthreads_or(rescale)) output.scale(at, shared);
             accumulate<Tile::SUBS>(keys);
             stage = stage + 1 == Tile::STAGES ? 0 : stage + 1;
             flags = flags + 1 == Tile::FLAG_SLOTS ? 0 : flags + 1;
@@ -253,9 +248,9 @@ struct Attention {
             else
                 *rows.lse_piece(row, work.slot) = empty ? -infinity() : lse;
         }
-        if (sub == 0) shared.factor[row] = factor;
+        if (sub == 0) store_shared<Tile::FACTOR>(shared + 4 * row, factor);
         __syncthreads();
-        output.scale(at, shared.factor);
+        output.scale(at, shared);
         u32 column = at.warp * Tile::COLUMNS;
 #pragma unroll
         for (int sub16 = 0; sub16 < Tile::SUBS; sub16++) {

@@ -60,8 +60,7 @@ __global__ void __launch_bounds__(Tile::THREADS, MIN_BLOCKS) decode_dense(
     const PartOfPlan* metadata,           // [parts]
     const i32* num_splits,                // [b + 1]
     u32 block_size, u32 causal, float scale_log2) {
-    extern __shared__ u8 memory[];
-    auto& shared = *reinterpret_cast<typename Tile::Shared*>(memory);
+    extern __shared__ __align__(128) u8 memory[];  // [Tile::SHARED_BYTES]
     using T = typename Tile::T;
 
     u32 tile = blockIdx.x % tiles, kv_head = blockIdx.x / tiles % h_kv;
@@ -78,7 +77,7 @@ __global__ void __launch_bounds__(Tile::THREADS, MIN_BLOCKS) decode_dense(
               {page_size, page_multiplier, page_shift}};
     u32 rows = min_of(index.rows - index.first, static_cast<u32>(Tile::ROWS));
 
-    Attention<Tile, DenseSource> attention(shared, rows);
+    Attention<Tile, DenseSource> attention(shared_address(memory), rows);
     for (i32 request = part.begin_req; request <= part.end_req; request++) {
         i32 length = cache_seqlens[request * seqlens_stride];
         u32 kv_len = min_of(static_cast<u32>(max_of(length, 0)), room);

@@ -108,8 +108,7 @@ __global__ void __launch_bounds__(Tile::THREADS, MIN_BLOCKS) decode_sparse(
     const PartOfPlan* metadata,  // [parts]
     const i32* num_splits,       // [b + 1]
     u32 block_size, float scale_log2) {
-    extern __shared__ u8 memory[];
-    auto& shared = *reinterpret_cast<typename Tile::Shared*>(memory);
+    extern __shared__ __align__(128) u8 memory[];  // [Tile::SHARED_BYTES]
     using T = typename Tile::T;
 
     u32 tile = blockIdx.x % tiles, token = blockIdx.x / tiles % s_q;
@@ -130,7 +129,7 @@ __global__ void __launch_bounds__(Tile::THREADS, MIN_BLOCKS) decode_sparse(
                      extra_topk_length, extra_length_batch, extra_length_token, extra_topk};
     u32 rows = min_of(h_q - index.first, static_cast<u32>(Tile::ROWS));
 
-    Attention<Tile, SparseSource<HAS_EXTRA>> attention(shared, rows);
+    Attention<Tile, SparseSource<HAS_EXTRA>> attention(shared_address(memory), rows);
     for (i32 request = part.begin_req; request <= part.end_req; request++) {
         Work work(part, request, num_splits, block_size, kv_lens[request]);
         SparseSource<HAS_EXTRA> source;

@@ -57,25 +57,26 @@ __forceinline__ Location locate(const Pool& pool, u32 page, u32 offset) {
 template <class Tile, class Source>
 struct Stages {
     using Rows = typename Tile::Rows;
-    using Shared = typename Tile::Shared;
     static constexpr int WARP_TOKENS = Tile::TOKENS / Tile::WARPS;
     // Lanes that copy one row: 128 bytes of a 16-bit row at a time; of FP8 rows, which begin at any
     // multiple of 16 bytes, 256, so that fewer 32-byte sectors are touched twice.
     static constexpr int ROW_LANES = Rows::IS_FP8 ? 16 : 8;
     static constexpr int TOKENS_AT_ONCE = 32 / ROW_LANES;
     static constexpr int ROUNDS = WARP_TOKENS / TOKENS_AT_ONCE;
-    static constexpr int CHUNKS = (Rows::IS_FP8 ? Tile::RAW_BYTES : Tile::PITCH) / 16;
+    static constexpr int ROW_BYTES = Rows::IS_FP8 ? Tile::RAW_BYTES : Tile::PITCH;
+    static constexpr int CHUNKS = ROW_BYTES / 16;
+    static constexpr u32 STAGE_BYTES = Tile::TOKENS * ROW_BYTES;
 
     const Source& source;
-    Shared& shared;
     const Place<Tile>& at;
+    u32 shared;
     u32 position;  // of the lane's token in the next tile to fetch
     i32 id;        // what the source says of it
     u32 flags;     // slot of the next tile's flags
     u32 stage;     // of the next tile to fetch
 
-    __forceinline__ Stages(const Source& source, Shared& shared, const Place<Tile>& at, u32 begin)
-        : source(source), shared(shared), at(at), flags(0), stage(0) {
+    __forceinline__ Stages(const Source& source, const Place<Tile>& at, u32 shared, u32 begin)
+        : source(source), at(at), shared(shared), flags(0), stage(0) {
         position = begin + at.warp * WARP_TOKENS + at.lane;
         id = next_id();
     }
@@ -92,33 +93,37 @@ struct Stages {
         id = next_id();
         if (at.lane < WARP_TOKENS) {
             u32 token = at.warp * WARP_TOKENS + at.lane;
-            shared.valid[flags][token] = exists;
+            store_shared<Tile::VALID>(shared + flags * Tile::TOKENS + token,
+                                      static_cast<u8>(exists));
             if constexpr (Tile::RAW_SCALES > 0)
-                copy_async_8(
-                    shared_address(shared.raw_scales[stage]) + token * Tile::RAW_SCALES,
-                    exists ? found.scales : source.anywhere(), exists);
+                copy_async_8(shared + Tile::RAW_SCALE +
+                                 (stage * Tile::TOKENS + token) * Tile::RAW_SCALES,
+                             exists ? found.scales : source.anywhere(), exists ? 8 : 0);
         }
         u32 existing = __ballot_sync(FULL_WARP, exists);
         u64 row = reinterpret_cast<u64>(exists ? found.row : source.anywhere());
-        u32 part = at.lane % ROW_LANES;
-#pragma unroll
-        for (int round = 0; round < ROUNDS; round++) {
-            u32 from = round * TOKENS_AT_ONCE + at.lane / ROW_LANES;
-            u64 low = __shfl_sync(FULL_WARP, static_cast<u32>(row), from);
-            u64 high = __shfl_sync(FULL_WARP, static_cast<u32>(row >> 32), from);
-            const u8* begin = reinterpret_cast<const u8*>(high << 32 | low) + part * 16;
-            bool valid = existing >> from & 1;
-            u32 token = at.warp * WARP_TOKENS + from;
-            u32 target;
-            if constexpr (Rows::IS_FP8)
-                target = shared_address(shared.raw[stage]) + token * Tile::RAW_BYTES + part * 16;
-            else
-                target = shared_address(shared.keys[stage]) + Tile::key_offset(token, part);
-#pragma unroll
-            for (int chunk = 0; chunk < CHUNKS; chunk += ROW_LANES)
-                if (chunk + ROW_LANES <= CHUNKS || part < CHUNKS - chunk)
-                    copy_async_16(target + chunk * 16, begin + chunk * 16, valid);
-        }
+        u32 low = static_cast<u32>(row), high = static_cast<u32>(row >> 32);
+        u32 first = at.lane / ROW_LANES, part = at.lane % ROW_LANES;
+        u32 target = shared + stage * STAGE_BYTES;
+        if constexpr (Rows::IS_FP8)
+            target += Tile::RAW + (at.warp * WARP_TOKENS + first) * Tile::RAW_BYTES + part * 16;
+        else
+            target += Tile::KEYS + Tile::key_offset(at.warp * WARP_TOKENS + first, part);
+        repeat<ROUNDS>([&](auto round) {
+            u32 from = round * TOKENS_AT_ONCE + first;
+            u64 begin = static_cast<u64>(__shfl_sync(FULL_WARP, high, from)) << 32 |
+                        __shfl_sync(FULL_WARP, low, from);
+            const u8* source_part = reinterpret_cast<const u8*>(begin) + part * 16;
+            u32 bytes = existing >> from << 4 & 16;
+            // Four tokens further, 16-bit rows turn their chunks the other way round.
+            u32 place = target + round * TOKENS_AT_ONCE * ROW_BYTES;
+            if constexpr (!Rows::IS_FP8 && round % 2) place ^= 64;
+            repeat<ceil_div(CHUNKS, ROW_LANES)>([&](auto step) {
+                constexpr int CHUNK = step * ROW_LANES;
+                if (CHUNK + ROW_LANES <= CHUNKS || part < CHUNKS - CHUNK)
+                    copy_async_16<CHUNK * 16>(place, source_part, bytes);
+            });
+        });
         copy_async_commit();
         flags = flags + 1 == Tile::FLAG_SLOTS ? 0 : flags + 1;
         stage = stage + 1 == Tile::STAGES ? 0 : stage + 1;
@@ -127,43 +132,41 @@ struct Stages {
 
 // Decode the warp's own FP8 rows of stage `stage` into the buffer of keys.
 template <class Tile>
-__forceinline__ void decode_rows(typename Tile::Shared& shared, const Place<Tile>& at, u32 stage) {
+__forceinline__ void decode_rows(const Place<Tile>& at, u32 shared, u32 stage) {
     using Rows = typename Tile::Rows;
     constexpr int WARP_TOKENS = Tile::TOKENS / Tile::WARPS;
     constexpr int PIECES = Rows::D_NOPE / 16;  // of 16 codes
-    u32 raw = shared_address(shared.raw[stage]);
-    u32 keys = shared_address(shared.keys[0]);
-#pragma unroll
-    for (int t = 0; t < WARP_TOKENS; t++) {
-        u32 token = at.warp * WARP_TOKENS + t;
-        if (at.lane < PIECES) {
-            u32 piece = at.lane;
-            Vec16 codes = load_shared_16(raw + token * Tile::RAW_BYTES + piece * 16);
+    u32 first = at.warp * WARP_TOKENS;
+    u32 raw = shared + Tile::RAW + (stage * Tile::TOKENS + first) * Tile::RAW_BYTES;
+    u32 keys = shared + Tile::KEYS;
+    u32 piece = at.lane;
+    if (piece < PIECES) {
+        u32 tile = piece * 16 / Rows::TILE;
+        repeat<WARP_TOKENS>([&](auto t) {
+            Vec16 codes = load_shared_16<t * Tile::RAW_BYTES>(raw + piece * 16);
             u32 scale;
             if constexpr (Rows::SCALES_AT_PAGE_END) {
-                scale = scale_of_ue8m0(
-                    shared.raw_scales[stage][token * Tile::RAW_SCALES + piece * 16 / Rows::TILE]);
+                scale = scale_of_ue8m0(load_shared_byte<Tile::RAW_SCALE + t * Tile::RAW_SCALES>(
+                    shared + (stage * Tile::TOKENS + first) * Tile::RAW_SCALES + tile));
             } else {
-                scale = scale_of_float(float_of(load_shared_4(
-                    raw + token * Tile::RAW_BYTES + Rows::D_NOPE + piece * 16 / Rows::TILE * 4)));
+                scale = scale_of_float(
+                    load_shared_float<t * Tile::RAW_BYTES + Rows::D_NOPE>(raw + tile * 4));
             }
             Vec16 low, high;
             decode_e4m3x16(codes, scale, low, high);
-            u32 target = keys + Tile::key_offset(token, 2 * piece);
-            store_shared_16(target, low);
-            store_shared_16(target ^ 16, high);
-        }
+            u32 target = keys + Tile::key_offset(first + t, 2 * piece);
+            store_shared(target, low);
+            store_shared(target ^ 16, high);
+        });
     }
     // RoPE: 8 chunks of bf16 a token, as they are.
-    constexpr int ROPE_CHUNKS = Rows::D_ROPE / 8;
-    static_assert(ROPE_CHUNKS == 8);
-#pragma unroll
-    for (int t = 0; t < WARP_TOKENS; t += 4) {
-        u32 token = at.warp * WARP_TOKENS + t + at.lane / 8;
-        Vec16 numbers = load_shared_16(raw + token * Tile::RAW_BYTES + Rows::ROPE_OFFSET +
-                                       at.lane % 8 * 16);
-        store_shared_16(keys + Tile::key_offset(token, Rows::D_NOPE / 8 + at.lane % 8), numbers);
-    }
+    static_assert(Rows::D_ROPE == 64);
+    repeat<WARP_TOKENS / 4>([&](auto t) {
+        u32 token = t * 4 + at.lane / 8, part = at.lane % 8;
+        Vec16 numbers =
+            load_shared_16<Rows::ROPE_OFFSET>(raw + token * Tile::RAW_BYTES + part * 16);
+        store_shared(keys + Tile::key_offset(first + token, Rows::D_NOPE / 8 + part), numbers);
+    });
 }
 
 }  // namespace cumla

@@ -63,15 +63,24 @@ struct Tile {
 
     static_assert(D_QK % 64 == 0 && COLUMNS % 16 == 0 && QUADS >= 1 && GROUP_TOKENS % 16 == 0);
 
-    struct Shared {
-        alignas(128) u8 keys[K_BUFFERS][TOKENS * PITCH];
-        alignas(16) u8 raw[RAW_STAGES + !RAW_STAGES][RAW_STAGES ? TOKENS * RAW_BYTES : 16];
-        alignas(16) u8 raw_scales[RAW_STAGES + !RAW_STAGES][RAW_SCALES ? TOKENS * RAW_SCALES : 16];
-        alignas(16) float scores[SLICES][ROWS * TOKENS];
-        alignas(128) u8 weights[ROWS * TOKENS * 2];
-        alignas(16) u8 valid[FLAG_SLOTS][TOKENS];
-        float factor[ROWS];  // of O's rows: before a tile, or at the end
-    };
+    // What shared memory holds, and where: each begins where the one before ends, at a multiple of
+    // its alignment. (Offsets, not a struct, as they are immediates of instructions.)
+    static constexpr u32 after(u32 end, u32 alignment) {
+        return ceil_div(end, alignment) * alignment;
+    }
+    static constexpr u32 KEYS = 0;  // [K_BUFFERS][TOKENS][D_QK] 16-bit numbers
+    static constexpr u32 RAW = after(KEYS + K_BUFFERS * TOKENS * PITCH, 128);
+    // [RAW_STAGES][TOKENS][RAW_BYTES]
+    static constexpr u32 RAW_SCALE = after(RAW + RAW_STAGES * TOKENS * RAW_BYTES, 16);
+    // [RAW_STAGES][TOKENS][RAW_SCALES]
+    static constexpr u32 SCORES = after(RAW_SCALE + RAW_STAGES * TOKENS * RAW_SCALES, 128);
+    // [SLICES][ROWS][TOKENS] float
+    static constexpr u32 WEIGHTS = after(SCORES + SLICES * ROWS * TOKENS * 4, 128);
+    // [ROWS][TOKENS] 16-bit numbers
+    static constexpr u32 VALID = after(WEIGHTS + ROWS * TOKENS * 2, 16);  // [FLAG_SLOTS][TOKENS] u8
+    static constexpr u32 FACTOR = after(VALID + FLAG_SLOTS * TOKENS, 16);
+    // [ROWS] float: what O's rows are multiplied by, before a tile or at the end
+    static constexpr u32 SHARED_BYTES = FACTOR + ROWS * 4;
 
     // Where scores[row][token] lies, in floats. Tokens are moved in groups of 8, so that the
     // stores (4 rows by 8 tokens) and the loads (1 or 2 rows by 32 or 16 tokens) meet no conflict.
@@ -112,58 +121,56 @@ template <class Tile>
 struct Queries {
     u32 part[Tile::GROUP_SUBS][Tile::STEPS][4];
 
-    // Take the rows that lie at `address`, laid out as keys, rows [first, first + rows) of the tile.
+    // Take what is the warp's of rows [first, first + rows) of the tile, laid out as keys.
     __forceinline__ void load(const Place<Tile>& at, u32 address, int first, int rows) {
-        u32 row = at.lane % 16;
-        u32 offset = Tile::key_offset(row, 2 * at.slice + at.lane / 16);
-#pragma unroll
-        for (int sub = 0; sub < Tile::GROUP_SUBS; sub++) {
+        u32 offset = Tile::key_offset(at.lane % 16, 2 * at.slice + at.lane / 16);
+        repeat<Tile::GROUP_SUBS>([&](auto sub_) {
+            constexpr int sub = sub_;
             int begin = at.row_group * Tile::GROUP_ROWS + sub * 16 - first;
             if (begin >= 0 && begin < rows) {
-#pragma unroll
-                for (int step = 0; step < Tile::STEPS; step++)
-                    load_matrices(part[sub][step],
-                                  address + begin * Tile::PITCH + offset + step * 128);
+                repeat<Tile::STEPS>([&](auto step) {
+                    load_matrices<step * 128>(part[sub][step],
+                                              address + begin * Tile::PITCH + offset);
+                });
             }
-        }
+        });
     }
 };
 
-// Partial scores of the warp's rows, slice and tokens, to shared memory. `subs` is how many of its
+// Partial scores of the warp's rows, slice and tokens, to shared memory. SUBS is how many of its
 // 16-row matrices hold rows at all.
 template <class Tile, int SUBS>
 __forceinline__ void multiply_keys(const Place<Tile>& at, const Queries<Tile>& queries, u32 keys,
-                                   u32 scores) {
+                                   u32 shared) {
     u32 token = at.token_group * Tile::GROUP_TOKENS + at.lane % 8 + at.lane / 16 * 8;
     u32 address = keys + Tile::key_offset(token, 2 * at.slice + at.lane / 8 % 2);
     u32 row = at.row_group * Tile::GROUP_ROWS + at.lane / 4;
     u32 column = at.token_group * Tile::GROUP_TOKENS + at.lane % 4 * 2;
-#pragma unroll
-    for (int chunk = 0; chunk < Tile::GROUP_TOKENS / 16; chunk++) {
+    u32 scores = shared + at.slice * (Tile::ROWS * Tile::TOKENS * 4);
+    repeat<Tile::GROUP_TOKENS / 16>([&](auto chunk_) {
+        constexpr int chunk = chunk_;
         float sum[SUBS][2][4] = {};
-#pragma unroll
-        for (int step = 0; step < Tile::STEPS; step++) {
+        repeat<Tile::STEPS>([&](auto step_) {
+            constexpr int step = step_;
             u32 k[4];
-            load_matrices(k, address + chunk * 16 * Tile::PITCH + step * 128);
-#pragma unroll
-            for (int sub = 0; sub < SUBS; sub++) {
+            load_matrices<chunk * 16 * Tile::PITCH + step * 128>(k, address);
+            repeat<SUBS>([&](auto sub) {
                 multiply_add<typename Tile::T>(sum[sub][0], queries.part[sub][step], k[0], k[1]);
                 multiply_add<typename Tile::T>(sum[sub][1], queries.part[sub][step], k[2], k[3]);
-            }
-        }
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
+            });
+        });
+        repeat<2>([&](auto half_) {
+            constexpr int half = half_;
             // Rows 8 and 16 further turn their tokens alike.
-            u32 place = scores + 4 * (at.slice * Tile::ROWS * Tile::TOKENS +
-                                      Tile::score_index(row, column + chunk * 16 + half * 8));
-#pragma unroll
-            for (int sub = 0; sub < SUBS; sub++) {
+            u32 place = scores + 4 * Tile::score_index(row, column + chunk * 16 + half * 8);
+            repeat<SUBS>([&](auto sub) {
                 const float(&s)[4] = sum[sub][half];
-                store_shared_8(place + 4 * Tile::TOKENS * (sub * 16), s[0], s[1]);
-                store_shared_8(place + 4 * Tile::TOKENS * (sub * 16 + 8), s[2], s[3]);
-            }
-        }
-    }
+                constexpr int LOW = Tile::SCORES + 4 * Tile::TOKENS * (sub * 16);
+                store_shared<LOW>(place, s[0], s[1]);
+                store_shared<LOW + 4 * Tile::TOKENS * 8>(place, s[2], s[3]);
+            });
+        });
+    });
 }
 
 // O: the warp's columns of all rows.
@@ -173,54 +180,52 @@ struct Output {
     float part[Tile::SUBS][2 * PAIRS][4];
 
     __forceinline__ void clear() {
-#pragma unroll
-        for (int sub = 0; sub < Tile::SUBS; sub++)
-#pragma unroll
-            for (int n = 0; n < 2 * PAIRS; n++)
-#pragma unroll
-                for (int i = 0; i < 4; i++) part[sub][n][i] = 0;
+        repeat<Tile::SUBS>([&](auto sub) {
+            repeat<2 * PAIRS>([&](auto n) {
+                for (float& one : part[sub][n]) one = 0;
+            });
+        });
     }
 
     // Multiply every row by its factor.
-    __forceinline__ void scale(const Place<Tile>& at, const float* factor) {
-#pragma unroll
-        for (int sub = 0; sub < Tile::SUBS; sub++) {
-            float low = factor[sub * 16 + at.lane / 4], high = factor[sub * 16 + at.lane / 4 + 8];
-#pragma unroll
-            for (int n = 0; n < 2 * PAIRS; n++) {
+    __forceinline__ void scale(const Place<Tile>& at, u32 shared) {
+        u32 row = shared + at.lane / 4 * 4;
+        repeat<Tile::SUBS>([&](auto sub) {
+            float low = load_shared_float<Tile::FACTOR + sub * 64>(row);
+            float high = load_shared_float<Tile::FACTOR + sub * 64 + 32>(row);
+            repeat<2 * PAIRS>([&](auto n) {
                 part[sub][n][0] *= low;
                 part[sub][n][1] *= low;
                 part[sub][n][2] *= high;
                 part[sub][n][3] *= high;
-            }
-        }
+            });
+        });
     }
 
     // Add P V, for the first SUBS matrices of rows.
     template <int SUBS>
-    __forceinline__ void add(const Place<Tile>& at, u32 weights, u32 keys) {
-        u32 weight = weights + Tile::weight_offset(at.lane % 16, at.lane / 16);
-        u32 token = at.lane % 16;
-        u32 value = keys + Tile::key_offset(token, at.warp * (Tile::COLUMNS / 8) + at.lane / 16);
-#pragma unroll
-        for (int step = 0; step < Tile::TOKENS / 16; step++) {
+    __forceinline__ void add(const Place<Tile>& at, u32 shared, u32 keys) {
+        u32 weight = shared + Tile::WEIGHTS + Tile::weight_offset(at.lane % 16, at.lane / 16);
+        u32 column = at.warp * (Tile::COLUMNS / 8);  // in chunks of 8
+        u32 value = keys + Tile::key_offset(at.lane % 16, column + at.lane / 16);
+        repeat<Tile::TOKENS / 16>([&](auto step_) {
+            constexpr int step = step_;
             u32 p[SUBS][4];
-#pragma unroll
-            for (int sub = 0; sub < SUBS; sub++)
-                load_matrices(p[sub], (weight ^ step * 32) + sub * 16 * Tile::TOKENS * 2);
-#pragma unroll
-            for (int pair = 0; pair < PAIRS; pair++) {
+            repeat<SUBS>([&](auto sub) {
+                load_matrices<sub * 16 * Tile::TOKENS * 2>(p[sub], weight ^ step * 32);
+            });
+            repeat<PAIRS>([&](auto pair_) {
+                constexpr int pair = pair_;
                 u32 v[4];
                 // Within 128 bytes a chunk's place changes by XOR, beyond by addition.
-                load_matrices_transposed(v, (value ^ pair % 4 * 32) + pair / 4 * 128 +
-                                                step * 16 * Tile::PITCH);
-#pragma unroll
-                for (int sub = 0; sub < SUBS; sub++) {
+                load_matrices_transposed<pair / 4 * 128 + step * 16 * Tile::PITCH>(
+                    v, value ^ pair % 4 * 32);
+                repeat<SUBS>([&](auto sub) {
                     multiply_add<typename Tile::T>(part[sub][2 * pair], p[sub], v[0], v[1]);
                     multiply_add<typename Tile::T>(part[sub][2 * pair + 1], p[sub], v[2], v[3]);
-                }
-            }
-        }
+                });
+            });
+        });
     }
 };
 
