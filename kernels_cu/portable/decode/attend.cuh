@@ -63,28 +63,21 @@ struct RowState {
 template <class Tile, class Source>
 struct Attention {
     using T = typename Tile::T;
-
-    u32 shared;  // where the block's shared memory begins
     Place<Tile> at;
     Queries<Tile> queries;
     Output<Tile> output;
     RowState state;
-    u32 row, sub;  // of softmax: the thread's row, and which of its ROW_THREADS threads it is
     u32 subs;      // 16-row matrices that hold rows
 
-    __forceinline__ Attention(u32 shared, u32 rows) : shared(shared) {
-        // `rows` of the tile's rows exist.
-        row = threadIdx.x / Tile::ROW_THREADS;
-        sub = threadIdx.x % Tile::ROW_THREADS;
-        subs = ceil_div(rows, 16u);
-    }
+    // `rows` of the tile's rows exist.
+    __forceinline__ Attention(u32 shared, u32 rows) : at(shared), subs(ceil_div(rows, 16u)) {}
 
     // Bring the tile's q to registers, as many rows at a time as the buffer of keys takes.
     template <class Rows>
     __forceinline__ void load_queries(const Rows& rows) {
         constexpr int AT_ONCE = min_of(Tile::ROWS, Tile::K_BUFFERS * Tile::TOKENS);
         constexpr int CHUNKS = Tile::D_QK / 8;
-        u32 buffer = shared + Tile::KEYS;
+        u32 buffer = at.shared + Tile::KEYS;
 #pragma unroll 1
         for (int first = 0; first < Tile::ROWS; first += AT_ONCE) {
             __syncthreads();  // the buffer is free
@@ -121,7 +114,7 @@ struct Attention {
     __forceinline__ void multiply(u32 keys) {
         int mine = static_cast<int>(subs) - static_cast<int>(at.row_group) * Tile::GROUP_SUBS;
         if (mine >= SUBS) {
-            multiply_keys<Tile, SUBS>(at, queries, keys, shared);
+            multiply_keys<Tile, SUBS>(at, queries, keys);
         } else {
             if constexpr (SUBS > 1) multiply<SUBS - 1>(keys);
         }
@@ -130,7 +123,7 @@ struct Attention {
     template <int SUBS>
     __forceinline__ void accumulate(u32 keys) {
         if (subs >= SUBS) {
-            output.template add<SUBS>(at, shared, keys);
+            output.template add<SUBS>(at, keys);
         } else {
             if constexpr (SUBS > 1) accumulate<SUBS - 1>(keys);
         }
@@ -142,16 +135,17 @@ struct Attention {
         float peak = -infinity();
         repeat<Tile::QUADS>([&](auto quad_) {
             constexpr int quad = quad_;
-            u32 token = (quad * Tile::ROW_THREADS + sub) * 4;
-            u32 place = shared + 4 * Tile::score_index(row, token);
-            load_shared_floats<Tile::SCORES>(z[quad], place);
+            // Groups of 8 tokens move by XOR.
+            u32 token = (quad * Tile::ROW_THREADS + at.sub) * 4;
+            u32 place = at.scores_in ^ quad * Tile::ROW_THREADS * 16;
+            load_shared_floats<0>(z[quad], place);
             repeat<Tile::SLICES - 1>([&](auto slice) {
                 float more[4];
-                load_shared_floats<Tile::SCORES + (slice + 1) * 4 * Tile::ROWS * Tile::TOKENS>(
+                load_shared_floats<(slice + 1) * 4 * Tile::ROWS * Tile::TOKENS>(
                     more, place);
                 repeat<4>([&](auto i) { z[quad][i] += more[i]; });
             });
-            u32 valid = load_shared_word<Tile::VALID>(shared + flags * Tile::TOKENS + token);
+            u32 valid = load_shared_word<Tile::VALID>(at.shared + flags * Tile::TOKENS + token);
             repeat<4>([&](auto i) { z[quad][i] *= scale_log2; });
             u32 last = position + token + 3;
             if (valid != 0x01010101u || last >= limit) {
@@ -173,19 +167,18 @@ struct Attention {
         float total = 0;
         repeat<Tile::QUADS>([&](auto quad_) {
             constexpr int quad = quad_;
-            u32 token = (quad * Tile::ROW_THREADS + sub) * 4;
             repeat<4>([&](auto i) {
                 z[quad][i] = exp2_approx(z[quad][i] - shift);
                 total += z[quad][i];
             });
-            store_shared<Tile::WEIGHTS>(
-                shared + Tile::weight_offset(row, token / 8) + token % 8 * 2,
+            store_shared(
+                at.weights_out ^ quad * Tile::ROW_THREADS * 8,
                 pack<T>(z[quad][0], z[quad][1]), pack<T>(z[quad][2], z[quad][3]));
         });
         bool rescale = grows && before != -infinity();
         float factor = rescale ? exp2_approx(before - shift) : 1;
         state.total = state.total * factor + total;
-        if (sub == 0) store_shared<Tile::FACTOR>(shared + 4 * row, factor);
+        if (at.sub == 0) store_shared<Tile::FACTOR>(at.shared + 4 * at.row, factor);
         return rescale;
     }
 
@@ -195,7 +188,7 @@ struct Attention {
                              float scale_log2) {
         output.clear();
         state = {-infinity(), 0};
-        Stages<Tile, Source> stages(source, at, shared, begin);
+        Stages<Tile, Source> stages(source, at, begin);
         // 16-bit rows: a stage is free again after the tile's last step, one barrier later.
         constexpr int AHEAD = Tile::STAGES - (Tile::Rows::IS_FP8 ? 0 : 1);
 #pragma unroll 1
@@ -206,7 +199,7 @@ struct Attention {
             copy_async_wait<AHEAD - 1>();
             if constexpr (Tile::Rows::IS_FP8) {
                 __syncthreads();  // nobody reads the keys of the last tile any more
-                decode_rows<Tile>(at, shared, stage);
+                decode_rows<Tile>(at, stage);
                 __syncwarp();
                 stages.fetch();
                 __syncthreads();
@@ -214,14 +207,14 @@ struct Attention {
                 __syncthreads();
                 stages.fetch();
             }
-            u32 keys = shared + Tile::KEYS;
+            u32 keys = at.shared + Tile::KEYS;
             if constexpr (!Tile::Rows::IS_FP8) keys += stage * (Tile::TOKENS * Tile::PITCH);
             multiply<Tile::GROUP_SUBS>(keys);
             __syncthreads();
             // Nobody has computed scores for 16-row matrices without rows.
             bool rescale = false;
-            if (row < 16 * subs) rescale = softmax(flags, position, limit, scale_log2);
-            if (__syncthreads_or(rescale)) output.scale(at, shared);
+            if (at.row < 16 * subs) rescale = softmax(flags, position, limit, scale_log2);
+            if (__syncthreads_or(rescale)) output.scale(at);
             accumulate<Tile::SUBS>(keys);
             stage = stage + 1 == Tile::STAGES ? 0 : stage + 1;
             flags = flags + 1 == Tile::FLAG_SLOTS ? 0 : flags + 1;
@@ -241,16 +234,16 @@ struct Attention {
         bool empty = total == 0;
         float lse = log2_approx(total) + state.peak;  // NaN if the total is
         float factor = empty ? 0 : 1 / total;
-        if (whole && !empty) factor *= rows.sink_share(row, lse);
-        if (sub == 0 && rows.exists(row)) {
+        if (whole && !empty) factor *= rows.sink_share(at.row, lse);
+        if (at.sub == 0 && rows.exists(at.row)) {
             if (whole)
-                *rows.lse(row) = total > 0 ? lse * LN_2 : infinity();
+                *rows.lse(at.row) = total > 0 ? lse * LN_2 : infinity();
             else
-                *rows.lse_piece(row, work.slot) = empty ? -infinity() : lse;
+                *rows.lse_piece(at.row, work.slot) = empty ? -infinity() : lse;
         }
-        if (sub == 0) store_shared<Tile::FACTOR>(shared + 4 * row, factor);
+        if (at.sub == 0) store_shared<Tile::FACTOR>(at.shared + 4 * at.row, factor);
         __syncthreads();
-        output.scale(at, shared);
+        output.scale(at);
         u32 column = at.warp * Tile::COLUMNS;
 #pragma unroll
         for (int sub16 = 0; sub16 < Tile::SUBS; sub16++) {

@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(Tile::THREADS, MIN_BLOCKS) decode_dense(
                 u32 hidden = s_q - 1 - index.of(row).token;
                 return kv_len > hidden ? kv_len - hidden : 0;
             };
-            limit = sees(min_of(attention.row, rows - 1));
+            limit = sees(min_of(attention.at.row, rows - 1));
             work.end = min_of(work.end, sees(rows - 1));
         }
         TileRows<T, DenseIndex> tile_rows{arrays, index, request};

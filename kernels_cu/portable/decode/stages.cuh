@@ -69,14 +69,13 @@ struct Stages {
 
     const Source& source;
     const Place<Tile>& at;
-    u32 shared;
     u32 position;  // of the lane's token in the next tile to fetch
     i32 id;        // what the source says of it
     u32 flags;     // slot of the next tile's flags
     u32 stage;     // of the next tile to fetch
 
-    __forceinline__ Stages(const Source& source, const Place<Tile>& at, u32 shared, u32 begin)
-        : source(source), at(at), shared(shared), flags(0), stage(0) {
+    __forceinline__ Stages(const Source& source, const Place<Tile>& at, u32 begin)
+        : source(source), at(at), flags(0), stage(0) {
         position = begin + at.warp * WARP_TOKENS + at.lane;
         id = next_id();
     }
@@ -93,10 +92,10 @@ struct Stages {
         id = next_id();
         if (at.lane < WARP_TOKENS) {
             u32 token = at.warp * WARP_TOKENS + at.lane;
-            store_shared<Tile::VALID>(shared + flags * Tile::TOKENS + token,
+            store_shared<Tile::VALID>(at.shared + flags * Tile::TOKENS + token,
                                       static_cast<u8>(exists));
             if constexpr (Tile::RAW_SCALES > 0)
-                copy_async_8(shared + Tile::RAW_SCALE +
+                copy_async_8(at.shared + Tile::RAW_SCALE +
                                  (stage * Tile::TOKENS + token) * Tile::RAW_SCALES,
                              exists ? found.scales : source.anywhere(), exists ? 8 : 0);
         }
@@ -104,7 +103,7 @@ struct Stages {
         u64 row = reinterpret_cast<u64>(exists ? found.row : source.anywhere());
         u32 low = static_cast<u32>(row), high = static_cast<u32>(row >> 32);
         u32 first = at.lane / ROW_LANES, part = at.lane % ROW_LANES;
-        u32 target = shared + stage * STAGE_BYTES;
+        u32 target = at.shared + stage * STAGE_BYTES;
         if constexpr (Rows::IS_FP8)
             target += Tile::RAW + (at.warp * WARP_TOKENS + first) * Tile::RAW_BYTES + part * 16;
         else
@@ -132,13 +131,13 @@ struct Stages {
 
 // Decode the warp's own FP8 rows of stage `stage` into the buffer of keys.
 template <class Tile>
-__forceinline__ void decode_rows(const Place<Tile>& at, u32 shared, u32 stage) {
+__forceinline__ void decode_rows(const Place<Tile>& at, u32 stage) {
     using Rows = typename Tile::Rows;
     constexpr int WARP_TOKENS = Tile::TOKENS / Tile::WARPS;
     constexpr int PIECES = Rows::D_NOPE / 16;  // of 16 codes
     u32 first = at.warp * WARP_TOKENS;
-    u32 raw = shared + Tile::RAW + (stage * Tile::TOKENS + first) * Tile::RAW_BYTES;
-    u32 keys = shared + Tile::KEYS;
+    u32 raw = at.shared + Tile::RAW + (stage * Tile::TOKENS + first) * Tile::RAW_BYTES;
+    u32 keys = at.shared + Tile::KEYS;
     u32 piece = at.lane;
     if (piece < PIECES) {
         u32 tile = piece * 16 / Rows::TILE;
@@ -147,7 +146,7 @@ __forceinline__ void decode_rows(const Place<Tile>& at, u32 shared, u32 stage) {
             u32 scale;
             if constexpr (Rows::SCALES_AT_PAGE_END) {
                 scale = scale_of_ue8m0(load_shared_byte<Tile::RAW_SCALE + t * Tile::RAW_SCALES>(
-                    shared + (stage * Tile::TOKENS + first) * Tile::RAW_SCALES + tile));
+                    at.shared + (stage * Tile::TOKENS + first) * Tile::RAW_SCALES + tile));
             } else {
                 scale = scale_of_float(
                     load_shared_float<t * Tile::RAW_BYTES + Rows::D_NOPE>(raw + tile * 4));

@@ -101,18 +101,42 @@ struct Tile {
     }
 };
 
-// A warp's place in both products.
+// A thread's place in both products and in softmax, with the addresses that follow from it.
 template <class Tile>
 struct Place {
+    u32 shared;  // where the block's shared memory begins
     u32 warp, lane;
-    u32 slice, row_group, token_group;
+    u32 slice, row_group;
+    u32 row, sub;       // of softmax: the row, and which of its ROW_THREADS threads this is
+    u32 k_offset;       // of the rows of K that the lane names, from the keys' begin
+    u32 v_offset;       // the same of V
+    u32 scores_out;     // where its partial scores go
+    u32 scores_in;      // where softmax finds its scores
+    u32 weights_out;    // where softmax puts its weights
+    u32 weights_in;     // where the lane names rows of P
 
-    __forceinline__ Place() {
+    __forceinline__ Place(u32 shared) : shared(shared) {
         warp = threadIdx.x / 32;
         lane = threadIdx.x % 32;
         slice = warp % Tile::SLICES;
         row_group = warp / Tile::SLICES % Tile::ROW_GROUPS;
-        token_group = warp / (Tile::SLICES * Tile::ROW_GROUPS);
+        row = threadIdx.x / Tile::ROW_THREADS;
+        sub = threadIdx.x % Tile::ROW_THREADS;
+        u32 token = warp / (Tile::SLICES * Tile::ROW_GROUPS) * Tile::GROUP_TOKENS;
+        k_offset = Tile::key_offset(token + lane % 8 + lane / 16 * 8, 2 * slice + lane / 8 % 2);
+        v_offset = Tile::key_offset(lane % 16, warp * (Tile::COLUMNS / 8) + lane / 16);
+        scores_out = shared + Tile::SCORES +
+                     4 * (slice * Tile::ROWS * Tile::TOKENS +
+                          Tile::score_index(row_group * Tile::GROUP_ROWS + lane / 4,
+                                            token + lane % 4 * 2));
+        scores_in = shared + Tile::SCORES + 4 * Tile::score_index(row, sub * 4);
+        weights_out = shared + Tile::WEIGHTS + Tile::weight_offset(row, sub / 2) + sub % 2 * 8;
+        weights_in = shared + Tile::WEIGHTS + Tile::weight_offset(lane % 16, lane / 16);
+        if constexpr (Tile::ROWS < 64) {
+            // There are registers to keep them; the compiler would compute them for every tile.
+            for (u32* one : {&k_offset, &v_offset, &scores_out, &scores_in, &weights_out, &weights_in})
+                asm volatile("" : "+r"(*one));
+        }
     }
 };
 
@@ -140,13 +164,8 @@ struct Queries {
 // Partial scores of the warp's rows, slice and tokens, to shared memory. SUBS is how many of its
 // 16-row matrices hold rows at all.
 template <class Tile, int SUBS>
-__forceinline__ void multiply_keys(const Place<Tile>& at, const Queries<Tile>& queries, u32 keys,
-                                   u32 shared) {
-    u32 token = at.token_group * Tile::GROUP_TOKENS + at.lane % 8 + at.lane / 16 * 8;
-    u32 address = keys + Tile::key_offset(token, 2 * at.slice + at.lane / 8 % 2);
-    u32 row = at.row_group * Tile::GROUP_ROWS + at.lane / 4;
-    u32 column = at.token_group * Tile::GROUP_TOKENS + at.lane % 4 * 2;
-    u32 scores = shared + at.slice * (Tile::ROWS * Tile::TOKENS * 4);
+__forceinline__ void multiply_keys(const Place<Tile>& at, const Queries<Tile>& queries, u32 keys) {
+    u32 address = keys + at.k_offset;
     repeat<Tile::GROUP_TOKENS / 16>([&](auto chunk_) {
         constexpr int chunk = chunk_;
         float sum[SUBS][2][4] = {};
@@ -161,11 +180,11 @@ __forceinline__ void multiply_keys(const Place<Tile>& at, const Queries<Tile>& q
         });
         repeat<2>([&](auto half_) {
             constexpr int half = half_;
-            // Rows 8 and 16 further turn their tokens alike.
-            u32 place = scores + 4 * Tile::score_index(row, column + chunk * 16 + half * 8);
+            // Tokens move by XOR; rows 8 and 16 further turn them alike.
+            u32 place = at.scores_out ^ (chunk * 2 + half) * 32;
             repeat<SUBS>([&](auto sub) {
                 const float(&s)[4] = sum[sub][half];
-                constexpr int LOW = Tile::SCORES + 4 * Tile::TOKENS * (sub * 16);
+                constexpr int LOW = 4 * Tile::TOKENS * (sub * 16);
                 store_shared<LOW>(place, s[0], s[1]);
                 store_shared<LOW + 4 * Tile::TOKENS * 8>(place, s[2], s[3]);
             });
@@ -188,8 +207,8 @@ struct Output {
     }
 
     // Multiply every row by its factor.
-    __forceinline__ void scale(const Place<Tile>& at, u32 shared) {
-        u32 row = shared + at.lane / 4 * 4;
+    __forceinline__ void scale(const Place<Tile>& at) {
+        u32 row = at.shared + at.lane / 4 * 4;
         repeat<Tile::SUBS>([&](auto sub) {
             float low = load_shared_float<Tile::FACTOR + sub * 64>(row);
             float high = load_shared_float<Tile::FACTOR + sub * 64 + 32>(row);
@@ -204,15 +223,13 @@ struct Output {
 
     // Add P V, for the first SUBS matrices of rows.
     template <int SUBS>
-    __forceinline__ void add(const Place<Tile>& at, u32 shared, u32 keys) {
-        u32 weight = shared + Tile::WEIGHTS + Tile::weight_offset(at.lane % 16, at.lane / 16);
-        u32 column = at.warp * (Tile::COLUMNS / 8);  // in chunks of 8
-        u32 value = keys + Tile::key_offset(at.lane % 16, column + at.lane / 16);
+    __forceinline__ void add(const Place<Tile>& at, u32 keys) {
+        u32 value = keys + at.v_offset;
         repeat<Tile::TOKENS / 16>([&](auto step_) {
             constexpr int step = step_;
             u32 p[SUBS][4];
             repeat<SUBS>([&](auto sub) {
-                load_matrices<sub * 16 * Tile::TOKENS * 2>(p[sub], weight ^ step * 32);
+                load_matrices<sub * 16 * Tile::TOKENS * 2>(p[sub], at.weights_in ^ step * 32);
             });
             repeat<PAIRS>([&](auto pair_) {
                 constexpr int pair = pair_;
