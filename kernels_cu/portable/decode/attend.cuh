@@ -225,8 +225,7 @@ struct Attention {
     // Divide O by the rows' sums and store it with the rows' lse: the result of a request that is
     // whole (with the sink), or of a piece (in log2 units, without).
     template <class Rows>
-    __forceinline__ void store(const Rows& rows, const Work& work) {
-        bool whole = work.whole;
+    __forceinline__ void store(const Rows& rows, bool whole, i64 slot) {
         float total = state.total;
 #pragma unroll
         for (int step = Tile::ROW_THREADS / 2; step > 0; step /= 2)
@@ -239,7 +238,7 @@ struct Attention {
             if (whole)
                 *rows.lse(at.row) = total > 0 ? lse * LN_2 : infinity();
             else
-                *rows.lse_piece(at.row, work.slot) = empty ? -infinity() : lse;
+                *rows.lse_piece(at.row, slot) = empty ? -infinity() : lse;
         }
         if (at.sub == 0) store_shared<Tile::FACTOR>(at.shared + 4 * at.row, factor);
         __syncthreads();
@@ -254,7 +253,7 @@ struct Attention {
                     store_row(rows.exists(r) ? rows.out(r) + column : nullptr, sub16, high,
                               rows.arrays.out_aligned);
                 else
-                    store_piece(rows.exists(r) ? rows.out_piece(r, work.slot) + column : nullptr, sub16,
+                    store_piece(rows.exists(r) ? rows.out_piece(r, slot) + column : nullptr, sub16,
                                 high);
             }
         }

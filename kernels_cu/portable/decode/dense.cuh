@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(Tile::THREADS, MIN_BLOCKS) decode_dense(
     using T = typename Tile::T;
 
     u32 tile = blockIdx.x % tiles, kv_head = blockIdx.x / tiles % h_kv;
-    PartOfPlan part = metadata[blockIdx.x / tiles / h_kv];
+    const PartOfPlan& part = metadata[blockIdx.x / tiles / h_kv];
     if (part.begin_req >= batch) return;
 
     RowArrays<T> arrays{q, q_batch, q_token, q_head, out, out_batch, out_token, out_head,
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(Tile::THREADS, MIN_BLOCKS) decode_dense(
         attention.load_queries(tile_rows);
         DenseSource source{pool, block_table + request * table_stride, work.end};
         attention.run(source, work.begin, work.end, limit, scale_log2);
-        attention.store(tile_rows, work);
+        attention.store(tile_rows, work.whole, work.slot);
     }
 }
 

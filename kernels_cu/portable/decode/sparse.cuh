@@ -9,53 +9,6 @@
 
 namespace cumla {
 
-// A pool and what one query selects of it.
-struct Selection {
-    Pool pool;
-    u32 num_tokens;      // of the pool
-    const i32* indices;  // [topk], of the query
-    u32 count;           // how many of them count
-
-    __forceinline__ i32 id(u32 position) const {
-        return position < count ? indices[position] : -1;
-    }
-    template <class Rows>
-    __forceinline__ Location locate(i32 slot) const {
-        if (static_cast<u32>(slot) >= num_tokens) return {nullptr, nullptr};
-        u32 page = pool.page_size.divide(slot);
-        return cumla::locate<Rows>(pool, page, slot - page * pool.page_size.divisor);
-    }
-};
-
-template <bool HAS_EXTRA>
-struct SparseSource {
-    Selection main, extra;
-    u32 extra_begin;  // position of the extra pool's first index
-    u32 end;          // of the work
-
-    __forceinline__ const u8* anywhere() const { return main.pool.pages; }
-    __forceinline__ i32 id(u32 position) const {
-        if (position >= end) return -1;
-        if constexpr (HAS_EXTRA)
-            if (position >= extra_begin) return extra.id(position - extra_begin);
-        return main.id(position);
-    }
-    template <class Rows>
-    __forceinline__ Location locate(i32 slot, u32 position) const {
-        if constexpr (HAS_EXTRA)
-            if (position >= extra_begin) return extra.template locate<Rows>(slot);
-        return main.template locate<Rows>(slot);
-    }
-};
-
-struct HeadIndex {
-    u32 first, heads;  // of the tile; of all tiles
-    u32 token;
-
-    __forceinline__ bool exists(u32 row) const { return first + row < heads; }
-    __forceinline__ RowIndex of(u32 row) const { return {token, first + row}; }
-};
-
 // A pool and what all queries select of it.
 struct Selections {
     Pool pool;
@@ -70,11 +23,53 @@ struct Selections {
         i32 length = topk_length[request * length_batch + token * length_token];
         return min_of(static_cast<u32>(max_of(length, 0)), topk);
     }
-    __forceinline__ Selection of(i32 request, u32 token) const {
-        return {pool, pool.num_pages * pool.page_size.divisor,
-                indices + request * indices_batch + token * indices_token,
-                count(request, token)};
+    __forceinline__ const i32* of(i32 request, u32 token) const {
+        return indices + request * indices_batch + token * indices_token;
     }
+    template <class Rows>
+    __forceinline__ Location locate(u32 slot) const {
+        if (slot >= pool.num_pages * pool.page_size.divisor) return {nullptr, nullptr};
+        u32 page = pool.page_size.divide(slot);
+        return cumla::locate<Rows>(pool, page, slot - page * pool.page_size.divisor);
+    }
+};
+
+// What one query selects. It lies in shared memory: only some lanes need it, once for each tile,
+// and the registers that it would take are those of Q and O.
+struct Selected {
+    const i32* indices[2];  // of the main and the extra pool
+    u32 count[2];           // how many of them count
+    u32 extra_begin;        // position of the extra pool's first
+    u32 end;                // of the work
+};
+
+template <bool HAS_EXTRA>
+struct SparseSource {
+    const Selections& main;
+    const Selections& extra;
+    const Selected& selected;
+
+    __forceinline__ const u8* anywhere() const { return main.pool.pages; }
+    __forceinline__ i32 id(u32 position) const {
+        if (position >= selected.end) return -1;
+        bool in_extra = HAS_EXTRA && position >= selected.extra_begin;
+        u32 place = in_extra ? position - selected.extra_begin : position;
+        return place < selected.count[in_extra] ? selected.indices[in_extra][place] : -1;
+    }
+    template <class Rows>
+    __forceinline__ Location locate(i32 slot, u32 position) const {
+        if constexpr (HAS_EXTRA)
+            if (position >= selected.extra_begin) return extra.locate<Rows>(slot);
+        return main.locate<Rows>(slot);
+    }
+};
+
+struct HeadIndex {
+    u32 first, heads;  // of the tile; of all tiles
+    u32 token;
+
+    __forceinline__ bool exists(u32 row) const { return first + row < heads; }
+    __forceinline__ RowIndex of(u32 row) const { return {token, first + row}; }
 };
 
 template <class Tile, bool HAS_EXTRA, int MIN_BLOCKS>
@@ -111,8 +106,10 @@ __global__ void __launch_bounds__(Tile::THREADS, MIN_BLOCKS) decode_sparse(
     extern __shared__ __align__(128) u8 memory[];  // [Tile::SHARED_BYTES]
     using T = typename Tile::T;
 
+    __shared__ Selected selected;
+
     u32 tile = blockIdx.x % tiles, token = blockIdx.x / tiles % s_q;
-    PartOfPlan part = metadata[blockIdx.x / tiles / s_q];
+    const PartOfPlan& part = metadata[blockIdx.x / tiles / s_q];
     if (part.begin_req >= batch) return;
 
     RowArrays<T> arrays{q, q_batch, q_token, q_head, out, out_batch, out_token, out_head,
@@ -127,25 +124,29 @@ __global__ void __launch_bounds__(Tile::THREADS, MIN_BLOCKS) decode_sparse(
                       {extra_page_size, extra_page_multiplier, extra_page_shift}},
                      extra_indices, extra_indices_batch, extra_indices_token,
                      extra_topk_length, extra_length_batch, extra_length_token, extra_topk};
-    u32 rows = min_of(h_q - index.first, static_cast<u32>(Tile::ROWS));
+    SparseSource<HAS_EXTRA> source{main, extra, selected};
 
-    Attention<Tile, SparseSource<HAS_EXTRA>> attention(shared_address(memory), rows);
+    Attention<Tile, SparseSource<HAS_EXTRA>> attention(
+        shared_address(memory), min_of(h_q - index.first, static_cast<u32>(Tile::ROWS)));
     for (i32 request = part.begin_req; request <= part.end_req; request++) {
         Work work(part, request, num_splits, block_size, kv_lens[request]);
-        SparseSource<HAS_EXTRA> source;
-        source.main = main.of(request, token);
-        source.end = work.end;
-        if constexpr (HAS_EXTRA) {
-            // All queries of a request follow one schedule: the longest selection decides.
-            u32 longest = 1;
-            for (u32 s = 0; s < s_q; s++) longest = max_of(longest, main.count(request, s));
-            source.extra_begin = ceil_div(longest, block_size) * block_size;
-            source.extra = extra.of(request, token);
+        if (threadIdx.x == 0) {
+            selected.indices[0] = main.of(request, token);
+            selected.count[0] = main.count(request, token);
+            selected.end = work.end;
+            if constexpr (HAS_EXTRA) {
+                // All queries of a request follow one schedule: the longest selection decides.
+                u32 longest = 1;
+                for (u32 s = 0; s < s_q; s++) longest = max_of(longest, main.count(request, s));
+                selected.extra_begin = ceil_div(longest, block_size) * block_size;
+                selected.indices[1] = extra.of(request, token);
+                selected.count[1] = extra.count(request, token);
+            }
         }
         TileRows<T, HeadIndex> tile_rows{arrays, index, request};
-        attention.load_queries(tile_rows);
+        attention.load_queries(tile_rows);  // with barriers: `selected` is there
         attention.run(source, work.begin, work.end, work.end, scale_log2);
-        attention.store(tile_rows, work);
+        attention.store(tile_rows, work.whole, work.slot);
     }
 }
 

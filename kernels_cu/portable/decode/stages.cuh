@@ -9,7 +9,7 @@
 // that fetched them, into the one buffer of keys.
 #pragma once
 
-// #include "include/fp8.cuh"
+#include "include/e4m3.cuh"
 #include "portable/decode/tile.cuh"
 
 namespace cumla {
