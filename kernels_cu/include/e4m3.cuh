@@ -36,7 +36,7 @@ __forceinline__ u32 scale_of_ue8m0(u32 code) {
 template <int FIRST>
 __forceinline__ u32 shift_codes(u32 codes) {
     u32 high = __byte_perm(codes, 0, FIRST == 0 ? 0x1404 : 0x3424);  // each in its half's upper byte
-    return (high & 0x80008000u) | (high >> 4 & 0x07F007F0u);
+    return and_or(high, 0x80008000u, high >> 4 & 0x07F007F0u);
 }
 
 template <bool RARE>
@@ -60,7 +60,8 @@ __forceinline__ Vec16 decode_e4m3x8(u32 first, u32 second, u32 factor) {
 __forceinline__ void decode_e4m3x16(const Vec16& codes, u32 scale, Vec16& low, Vec16& high) {
     // A byte is NaN if its lower seven bits are all set: then adding 1 carries into the eighth.
     auto carry = [](u32 word) { return (word & 0x7F7F7F7Fu) + 0x01010101u; };
-    u32 nan = (carry(codes.x) | carry(codes.y) | carry(codes.z) | carry(codes.w)) & 0x80808080u;
+    u32 nan = or_and(or_or(carry(codes.x), carry(codes.y), carry(codes.z)), carry(codes.w),
+                     0x80808080u);
     bool large = (scale & 0x7F80u) >= 0x4380u;  // 2**8
     if (nan != 0 || large) {
         low = decode_e4m3x8<true>(codes.x, codes.y, scale);

@@ -129,6 +129,13 @@ __forceinline__ u32 load_shared_word(u32 address) {
     return value;
 }
 template <int OFFSET = 0>
+__forceinline__ void load_shared_8(u32& x, u32& y, u32 address) {
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2 + %3];"
+                 : "=r"(x), "=r"(y)
+                 : "r"(address), "n"(OFFSET)
+                 : "memory");
+}
+template <int OFFSET = 0>
 __forceinline__ float load_shared_float(u32 address) {
     float value;
     asm volatile("ld.shared.f32 %0, [%1 + %2];"

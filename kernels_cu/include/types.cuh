@@ -27,6 +27,23 @@ struct f16 {
 inline u32 bits_of(float value) { return __float_as_uint(value); }
 inline float float_of(u32 bits) { return __uint_as_float(bits); }
 
+// (a & b) | c, (a | b) & c and a | b | c in one instruction each.
+inline u32 and_or(u32 a, u32 b, u32 c) {
+    u32 result;
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+    return result;
+}
+inline u32 or_and(u32 a, u32 b, u32 c) {
+    u32 result;
+    asm("lop3.b32 %0, %1, %2, %3, 0xA8;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+    return result;
+}
+inline u32 or_or(u32 a, u32 b, u32 c) {
+    u32 result;
+    asm("lop3.b32 %0, %1, %2, %3, 0xFE;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+    return result;
+}
+
 inline float infinity() { return float_of(0x7F800000u); }
 
 inline float to_float(float value) { return value; }

@@ -20,19 +20,24 @@ struct PartOfPlan {
     i32 begin_req, end_req, begin_block, end_block, begin_fragment, first_split, last_split, pad;
 };
 
-// What a part does of one request: positions [begin, end), whole or as one of several pieces.
+// What a part does of one request: positions [begin, end).
 struct Work {
-    i32 request;
     u32 begin, end;
-    bool whole;
-    i64 slot;  // of the piece's result
 
-    __forceinline__ Work(const PartOfPlan& part, i32 request, const i32* num_splits, u32 block_size,
-                         u32 kv_len)
-        : request(request) {
+    __forceinline__ Work(const PartOfPlan& part, i32 request, u32 block_size, u32 kv_len) {
+        begin = request == part.begin_req ? part.begin_block * block_size : 0;
+        end = request == part.end_req ? min_of(part.end_block * block_size, kv_len) : kv_len;
+    }
+};
+
+// Where the result goes: to the outputs if the part does the whole request, else to the slot of its
+// piece. Found out when it is needed: during the main loop every register counts.
+struct Destination {
+    bool whole;
+    i64 slot;
+
+    __forceinline__ Destination(const PartOfPlan& part, i32 request, const i32* num_splits) {
         bool first = request == part.begin_req, last = request == part.end_req;
-        begin = first ? part.begin_block * block_size : 0;
-        end = last ? min_of(part.end_block * block_size, kv_len) : kv_len;
         whole = !(first ? part.first_split : last ? part.last_split : 0);
         slot = num_splits[request] + (first ? part.begin_fragment : 0);
     }
@@ -130,7 +135,7 @@ struct Attention {
     }
 
     // The thread's share of a row: scores to weights. True if O must be rescaled before it grows.
-    __forceinline__ bool softmax(u32 flags, u32 position, u32 limit, float scale_log2) {
+    __forceinline__ bool softmax(u32 slot, u32 position, u32 limit, float scale_log2) {
         float z[Tile::QUADS][4];
         float peak = -infinity();
         repeat<Tile::QUADS>([&](auto quad_) {
@@ -145,7 +150,7 @@ struct Attention {
                     more, place);
                 repeat<4>([&](auto i) { z[quad][i] += more[i]; });
             });
-            u32 valid = load_shared_word<Tile::VALID>(at.shared + flags * Tile::TOKENS + token);
+            u32 valid = load_shared_word<Tile::VALID>(at.shared + slot * Tile::TOKENS + token);
             repeat<4>([&](auto i) { z[quad][i] *= scale_log2; });
             u32 last = position + token + 3;
             if (valid != 0x01010101u || last >= limit) {
@@ -189,23 +194,27 @@ struct Attention {
         output.clear();
         state = {-infinity(), 0};
         Stages<Tile, Source> stages(source, at, begin);
-        // 16-bit rows: a stage is free again after the tile's last step, one barrier later.
-        constexpr int AHEAD = Tile::STAGES - (Tile::Rows::IS_FP8 ? 0 : 1);
+        // A stage of 16-bit rows is free again one barrier after the tile's last step, one of FP8
+        // rows when they are decoded.
+        constexpr u32 AHEAD = Tile::STAGES - (Tile::Rows::IS_FP8 ? 0 : 1);
+        constexpr u32 BEHIND = Tile::FLAG_SLOTS - AHEAD;
 #pragma unroll 1
-        for (int i = 0; i < AHEAD; i++) stages.fetch();
-        u32 stage = 0, flags = 0;
+        for (u32 i = 0; i < AHEAD; i++) stages.fetch(begin + i * Tile::TOKENS, i, i);
+        u32 stage = 0, slot = 0;  // of the tile at hand; where its flags are
 #pragma unroll 1
         for (u32 position = begin; position < end; position += Tile::TOKENS) {
+            u32 next = position + AHEAD * Tile::TOKENS;
+            u32 next_slot = slot < BEHIND ? slot + AHEAD : slot - BEHIND;
             copy_async_wait<AHEAD - 1>();
             if constexpr (Tile::Rows::IS_FP8) {
                 __syncthreads();  // nobody reads the keys of the last tile any more
                 decode_rows<Tile>(at, stage);
                 __syncwarp();
-                stages.fetch();
+                stages.fetch(next, stage, next_slot);
                 __syncthreads();
             } else {
                 __syncthreads();
-                stages.fetch();
+                stages.fetch(next, stage == 0 ? AHEAD : stage - 1, next_slot);
             }
             u32 keys = at.shared + Tile::KEYS;
             if constexpr (!Tile::Rows::IS_FP8) keys += stage * (Tile::TOKENS * Tile::PITCH);
@@ -213,11 +222,11 @@ struct Attention {
             __syncthreads();
             // Nobody has computed scores for 16-row matrices without rows.
             bool rescale = false;
-            if (at.row < 16 * subs) rescale = softmax(flags, position, limit, scale_log2);
+            if (at.row < 16 * subs) rescale = softmax(slot, position, limit, scale_log2);
             if (__syncthreads_or(rescale)) output.scale(at);
             accumulate<Tile::SUBS>(keys);
             stage = stage + 1 == Tile::STAGES ? 0 : stage + 1;
-            flags = flags + 1 == Tile::FLAG_SLOTS ? 0 : flags + 1;
+            slot = slot + 1 == Tile::FLAG_SLOTS ? 0 : slot + 1;
         }
         copy_async_wait<0>();
     }
@@ -225,7 +234,8 @@ struct Attention {
     // Divide O by the rows' sums and store it with the rows' lse: the result of a request that is
     // whole (with the sink), or of a piece (in log2 units, without).
     template <class Rows>
-    __forceinline__ void store(const Rows& rows, bool whole, i64 slot) {
+    __forceinline__ void store(const Rows& rows, const Destination& to) {
+        bool whole = to.whole;
         float total = state.total;
 #pragma unroll
         for (int step = Tile::ROW_THREADS / 2; step > 0; step /= 2)
@@ -238,7 +248,7 @@ struct Attention {
             if (whole)
                 *rows.lse(at.row) = total > 0 ? lse * LN_2 : infinity();
             else
-                *rows.lse_piece(at.row, slot) = empty ? -infinity() : lse;
+                *rows.lse_piece(at.row, to.slot) = empty ? -infinity() : lse;
         }
         if (at.sub == 0) store_shared<Tile::FACTOR>(at.shared + 4 * at.row, factor);
         __syncthreads();
@@ -253,7 +263,7 @@ struct Attention {
                     store_row(rows.exists(r) ? rows.out(r) + column : nullptr, sub16, high,
                               rows.arrays.out_aligned);
                 else
-                    store_piece(rows.exists(r) ? rows.out_piece(r, slot) + column : nullptr, sub16,
+                    store_piece(rows.exists(r) ? rows.out_piece(r, to.slot) + column : nullptr, sub16,
                                 high);
             }
         }

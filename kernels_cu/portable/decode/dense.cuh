@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(Tile::THREADS, MIN_BLOCKS) decode_dense(
     for (i32 request = part.begin_req; request <= part.end_req; request++) {
         i32 length = cache_seqlens[request * seqlens_stride];
         u32 kv_len = min_of(static_cast<u32>(max_of(length, 0)), room);
-        Work work(part, request, num_splits, block_size, kv_len);
+        Work work(part, request, block_size, kv_len);
         // Query token s sees positions below kv_len - (s_q - 1 - s); none if that is negative.
         u32 limit = kv_len;
         if (causal) {
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(Tile::THREADS, MIN_BLOCKS) decode_dense(
         attention.load_queries(tile_rows);
         DenseSource source{pool, block_table + request * table_stride, work.end};
         attention.run(source, work.begin, work.end, limit, scale_log2);
-        attention.store(tile_rows, work.whole, work.slot);
+        attention.store(tile_rows, Destination(part, request, num_splits));
     }
 }
 

@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(Tile::THREADS, MIN_BLOCKS) decode_sparse(
     Attention<Tile, SparseSource<HAS_EXTRA>> attention(
         shared_address(memory), min_of(h_q - index.first, static_cast<u32>(Tile::ROWS)));
     for (i32 request = part.begin_req; request <= part.end_req; request++) {
-        Work work(part, request, num_splits, block_size, kv_lens[request]);
+        Work work(part, request, block_size, kv_lens[request]);
         if (threadIdx.x == 0) {
             selected.indices[0] = main.of(request, token);
             selected.count[0] = main.count(request, token);
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(Tile::THREADS, MIN_BLOCKS) decode_sparse(
         TileRows<T, HeadIndex> tile_rows{arrays, index, request};
         attention.load_queries(tile_rows);  // with barriers: `selected` is there
         attention.run(source, work.begin, work.end, work.end, scale_log2);
-        attention.store(tile_rows, work.whole, work.slot);
+        attention.store(tile_rows, Destination(part, request, num_splits));
     }
 }
 

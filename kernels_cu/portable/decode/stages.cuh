@@ -69,30 +69,28 @@ struct Stages {
 
     const Source& source;
     const Place<Tile>& at;
-    u32 position;  // of the lane's token in the next tile to fetch
-    i32 id;        // what the source says of it
-    u32 flags;     // slot of the next tile's flags
-    u32 stage;     // of the next tile to fetch
+    i32 id;  // what the source says of the lane's token in the next tile to fetch
 
     __forceinline__ Stages(const Source& source, const Place<Tile>& at, u32 begin)
-        : source(source), at(at), flags(0), stage(0) {
-        position = begin + at.warp * WARP_TOKENS + at.lane;
-        id = next_id();
+        : source(source), at(at), id(id_of(begin)) {}
+
+    // The lane's token in the tile that begins at position `begin`.
+    __forceinline__ u32 token_of(u32 begin) const {
+        return begin + at.warp * WARP_TOKENS + at.lane;
+    }
+    __forceinline__ i32 id_of(u32 begin) const {
+        return at.lane < WARP_TOKENS ? source.id(token_of(begin)) : -1;
     }
 
-    __forceinline__ i32 next_id() const {
-        return at.lane < WARP_TOKENS ? source.id(position) : -1;
-    }
-
-    // Begin to copy the next tile. Its stage and flag slot must be free.
-    __forceinline__ void fetch() {
-        Location found = source.template locate<Rows>(id, position);
+    // Begin to copy the tile that begins at position `begin`, the next after the last call's, to a
+    // stage and a slot of flags that are free.
+    __forceinline__ void fetch(u32 begin, u32 stage, u32 slot) {
+        Location found = source.template locate<Rows>(id, token_of(begin));
         bool exists = found.row != nullptr;
-        position += Tile::TOKENS;
-        id = next_id();
+        id = id_of(begin + Tile::TOKENS);
         if (at.lane < WARP_TOKENS) {
             u32 token = at.warp * WARP_TOKENS + at.lane;
-            store_shared<Tile::VALID>(at.shared + flags * Tile::TOKENS + token,
+            store_shared<Tile::VALID>(at.shared + slot * Tile::TOKENS + token,
                                       static_cast<u8>(exists));
             if constexpr (Tile::RAW_SCALES > 0)
                 copy_async_8(at.shared + Tile::RAW_SCALE +
@@ -110,9 +108,9 @@ struct Stages {
             target += Tile::KEYS + Tile::key_offset(at.warp * WARP_TOKENS + first, part);
         repeat<ROUNDS>([&](auto round) {
             u32 from = round * TOKENS_AT_ONCE + first;
-            u64 begin = static_cast<u64>(__shfl_sync(FULL_WARP, high, from)) << 32 |
-                        __shfl_sync(FULL_WARP, low, from);
-            const u8* source_part = reinterpret_cast<const u8*>(begin) + part * 16;
+            u64 address = static_cast<u64>(__shfl_sync(FULL_WARP, high, from)) << 32 |
+                          __shfl_sync(FULL_WARP, low, from);
+            const u8* source_part = reinterpret_cast<const u8*>(address) + part * 16;
             u32 bytes = existing >> from << 4 & 16;
             // Four tokens further, 16-bit rows turn their chunks the other way round.
             u32 place = target + round * TOKENS_AT_ONCE * ROW_BYTES;
@@ -124,8 +122,6 @@ struct Stages {
             });
         });
         copy_async_commit();
-        flags = flags + 1 == Tile::FLAG_SLOTS ? 0 : flags + 1;
-        stage = stage + 1 == Tile::STAGES ? 0 : stage + 1;
     }
 };
 
@@ -141,8 +137,13 @@ __forceinline__ void decode_rows(const Place<Tile>& at, u32 stage) {
     u32 piece = at.lane;
     if (piece < PIECES) {
         u32 tile = piece * 16 / Rows::TILE;
+        // 16 codes make two chunks of a key. Every other group of four lanes takes its two halves
+        // the other way round, so that neither the loads nor the stores of a warp meet conflicts.
+        u32 turn = (piece >> 2 ^ piece >> 3) & 1;
         repeat<WARP_TOKENS>([&](auto t) {
-            Vec16 codes = load_shared_16<t * Tile::RAW_BYTES>(raw + piece * 16);
+            Vec16 codes;
+            load_shared_8<t * Tile::RAW_BYTES>(codes.x, codes.y, raw + piece * 16 + turn * 8);
+            load_shared_8<t * Tile::RAW_BYTES>(codes.z, codes.w, raw + piece * 16 + 8 - turn * 8);
             u32 scale;
             if constexpr (Rows::SCALES_AT_PAGE_END) {
                 scale = scale_of_ue8m0(load_shared_byte<Tile::RAW_SCALE + t * Tile::RAW_SCALES>(
@@ -153,7 +154,7 @@ __forceinline__ void decode_rows(const Place<Tile>& at, u32 stage) {
             }
             Vec16 low, high;
             decode_e4m3x16(codes, scale, low, high);
-            u32 target = keys + Tile::key_offset(first + t, 2 * piece);
+            u32 target = keys + Tile::key_offset(first + t, 2 * piece + turn);
             store_shared(target, low);
             store_shared(target ^ 16, high);
         });
