@@ -140,24 +140,25 @@ __forceinline__ void decode_rows(const Place<Tile>& at, u32 stage) {
         // 16 codes make two chunks of a key. Every other group of four lanes takes its two halves
         // the other way round, so that neither the loads nor the stores of a warp meet conflicts.
         u32 turn = (piece >> 2 ^ piece >> 3) & 1;
-        repeat<WARP_TOKENS>([&](auto t) {
+        // One token at a time where O and Q leave few registers.
+#pragma unroll(Tile::ROWS == 64 ? 1 : WARP_TOKENS)
+        for (u32 t = 0; t < WARP_TOKENS; t++) {
             Vec16 codes;
-            load_shared_8<t * Tile::RAW_BYTES>(codes.x, codes.y, raw + piece * 16 + turn * 8);
-            load_shared_8<t * Tile::RAW_BYTES>(codes.z, codes.w, raw + piece * 16 + 8 - turn * 8);
+            u32 row = raw + t * Tile::RAW_BYTES;
+            load_shared_8(codes.x, codes.y, row + piece * 16 + turn * 8);
+            load_shared_8(codes.z, codes.w, row + piece * 16 + 8 - turn * 8);
             u32 scale;
-            if constexpr (Rows::SCALES_AT_PAGE_END) {
-                scale = scale_of_ue8m0(load_shared_byte<Tile::RAW_SCALE + t * Tile::RAW_SCALES>(
-                    at.shared + (stage * Tile::TOKENS + first) * Tile::RAW_SCALES + tile));
-            } else {
-                scale = scale_of_float(
-                    load_shared_float<t * Tile::RAW_BYTES + Rows::D_NOPE>(raw + tile * 4));
-            }
+            if constexpr (Rows::SCALES_AT_PAGE_END)
+                scale = scale_of_ue8m0(load_shared_byte<Tile::RAW_SCALE>(
+                    at.shared + (stage * Tile::TOKENS + first + t) * Tile::RAW_SCALES + tile));
+            else
+                scale = scale_of_float(load_shared_float<Rows::D_NOPE>(row + tile * 4));
             Vec16 low, high;
             decode_e4m3x16(codes, scale, low, high);
             u32 target = keys + Tile::key_offset(first + t, 2 * piece + turn);
             store_shared(target, low);
             store_shared(target ^ 16, high);
-        });
+        }
     }
     // RoPE: 8 chunks of bf16 a token, as they are.
     static_assert(Rows::D_ROPE == 64);
