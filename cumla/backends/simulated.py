@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -19,10 +20,13 @@ from numpy.lib.array_utils import byte_bounds
 from numpy.typing import DTypeLike, NDArray
 
 from cumla import sim
+from cumla.checks import bad_value
 from cumla.jit.build import build
 from cumla.kernels.device import Dimensions, Program
+from cumla.layouts import KVLayout
 
 Array = NDArray[Any]
+TARGET_VARIABLE = "CUMLA_SIM_TARGET"
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,9 +79,32 @@ class SimulatedDevice:
         self.launches: list[tuple[Program, sim.Launch]] = []
         self._kernels: dict[Program, sim.Kernel] = {}
 
-    def call(self) -> SimulatedCall:
-        """Start a call of an op; see `cumla.kernels.device.Call`."""
+    @classmethod
+    def from_environment(cls) -> SimulatedDevice:
+        """A device of the architecture that CUMLA_SIM_TARGET names, sm_90a by default."""
+        target = os.environ.get(TARGET_VARIABLE) or "sm_90a"
+        try:
+            return cls(target)
+        except sim.LaunchError as error:
+            raise bad_value(
+                TARGET_VARIABLE, repr(target), str(error), "Name one of them."
+            ) from None
+
+    def call(self, *, stream: Any = None, workspace: Any = None) -> SimulatedCall:
+        """Start a call of an op; see `cumla.kernels.device.Call`.
+
+        There are no streams, and scratch memory is always new, so that reading what nobody wrote
+        is seen.
+        """
         return SimulatedCall(self)
+
+    def empty_pages(self, layout: KVLayout, num_pages: int, page_size: int) -> Array:
+        """A zeroed page pool for one KV head: a NumPy array."""
+        return layout.empty_pages(num_pages, page_size)
+
+    def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+        """A NumPy array, uninitialised."""
+        return np.empty(shape, dtype)
 
     def kernel(self, program: Program) -> sim.Kernel:
         """The kernel, compiled and loaded once."""

@@ -263,7 +263,7 @@ def sparse_decode(
         shared_bytes=tile.shared_bytes,
         args=[
             *(q, *_steps(q), out, *_steps(out), lse, *_lse_steps(lse), o_accum, lse_accum),
-            attn_sink,
+            *(attn_sink, np.int64(attn_sink.strides[0] // 4 if attn_sink is not None else 0)),
             *map(np.uint32, (batch, s_q, h_q, tiles, aligned)),
             *_selection(call, main, layout),
             *_selection(call, extra or main, layout),

@@ -55,6 +55,7 @@ struct RowArrays {
     float* o_accum;                      // [slots, s_q, h_q, d_v]; may be null if nothing is split
     float* lse_accum;                    // [slots, s_q, h_q]; likewise
     const float* attn_sink;              // [h_q]; may be null
+    i64 sink_stride;
     u32 s_q, h_q;
     bool q_aligned, out_aligned;         // rows begin at multiples of 16 and 8 bytes
 };
@@ -344,7 +345,7 @@ struct TileRows {
     __forceinline__ float sink_share(u32 row, float lse) const {
         if (arrays.attn_sink == nullptr || !exists(row)) return 1;
         auto [token, head] = index.of(row);
-        return 1 / (1 + exp2_approx(arrays.attn_sink[head] * LOG2_E - lse));
+        return 1 / (1 + exp2_approx(arrays.attn_sink[head * arrays.sink_stride] * LOG2_E - lse));
     }
     static constexpr int D_V = 512;
     static constexpr float LOG2_E = 1.44269504088896f;

@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(Tile::THREADS, MIN_BLOCKS) decode_dense(
     if (part.begin_req >= batch) return;
 
     RowArrays<T> arrays{q, q_batch, q_token, q_head, out, out_batch, out_token, out_head,
-                        lse, lse_batch, lse_head, lse_token, o_accum, lse_accum, nullptr,
+                        lse, lse_batch, lse_head, lse_token, o_accum, lse_accum, nullptr, 0,
                         s_q, h_q, (aligned & 1) != 0, (aligned & 2) != 0};
     u32 group = h_q / h_kv;
     DenseIndex index{tile * Tile::ROWS, s_q * group, {group, group_multiplier, group_shift},

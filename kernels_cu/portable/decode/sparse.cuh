@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(Tile::THREADS, MIN_BLOCKS) decode_sparse(
     float* o_accum,          // [slots, s_q, h_q, d_v]; may be null if no request is split
     float* lse_accum,        // [slots, s_q, h_q]; likewise
     const float* attn_sink,  // [h_q]; may be null
-    u32 batch, u32 s_q, u32 h_q, u32 tiles,
+    i64 sink_stride, u32 batch, u32 s_q, u32 h_q, u32 tiles,
     u32 aligned,  // bit 0: rows of q begin at multiples of 16 bytes; bit 1: of out, of 8
     const u8* kv_cache,  // [pages, page_size, 1, row]
     i64 page_stride, i64 row_stride,  // bytes
@@ -113,8 +113,8 @@ __global__ void __launch_bounds__(Tile::THREADS, MIN_BLOCKS) decode_sparse(
     if (part.begin_req >= batch) return;
 
     RowArrays<T> arrays{q, q_batch, q_token, q_head, out, out_batch, out_token, out_head,
-                        lse, lse_batch, lse_head, lse_token, o_accum, lse_accum, attn_sink,
-                        s_q, h_q, (aligned & 1) != 0, (aligned & 2) != 0};
+                        lse, lse_batch, lse_head, lse_token, o_accum, lse_accum,
+                        attn_sink, sink_stride, s_q, h_q, (aligned & 1) != 0, (aligned & 2) != 0};
     HeadIndex index{tile * Tile::ROWS, h_q, token};
     Selections main{{kv_cache, page_stride, row_stride, num_pages,
                      {page_size, page_multiplier, page_shift}},
