@@ -5,18 +5,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cumla.kernels.device import Call, DeviceArray, Program
 from cumla.kernels.formats import row_type
 from cumla.layouts import LAYOUTS, KVLayout
 
-Array = NDArray[Any]
+Shape = tuple[int, ...]
+Signature = tuple[Shape, Shape, Shape, tuple[int, Shape]]
+_LAYOUTS = {one.name: one for one in LAYOUTS}
 
 _LOG2_E = 1.4426950408889634
 TOKENS = 32
@@ -46,7 +48,7 @@ class Tile:
         """Its C++ type."""
         return f"cumla::Tile<{row_type(self.layout)}, {self.rows}, {self.warps}, {self.stages}>"
 
-    @property
+    @cached_property
     def shared_bytes(self) -> int:
         """kernels_cu's `Tile::SHARED_BYTES`: what it holds, each at its alignment."""
         layout, fp8 = self.layout, self.layout.is_fp8
@@ -67,7 +69,7 @@ class Tile:
         return end
 
 
-# (rows, warps, stages, blocks an SM), for 16-bit rows and for FP8 rows, by shared memory of a block.
+# rows: (warps, stages, blocks an SM), for 16-bit and for FP8 rows, by shared memory of a block.
 # 99 KB: sm_86, sm_89, sm_120; 163 KB: sm_80; 227 KB: sm_90, sm_100.
 _TILES: dict[int, tuple[dict[int, tuple[int, int, int]], dict[int, tuple[int, int, int]]]] = {
     101_376: ({16: (4, 2, 1), 32: (8, 2, 1)}, {16: (4, 2, 1), 32: (8, 2, 1)}),
@@ -113,54 +115,78 @@ def _num_parts(call: Call, tile: Tile, rows: int, columns: int) -> int:
 class Selection:
     """A page pool and the tokens of it that each query selects."""
 
-    pages: Array
+    pages: DeviceArray
     """[pages, page_size, 1, row]."""
-    indices: Array
+    indices: DeviceArray
     """int32 [b, s_q, topk]."""
-    topk_length: Array | None
+    topk_length: DeviceArray | None
     """int32 [b] or [b, s_q]; None: all count."""
 
-
-def _divisor(value: int) -> tuple[np.uint32, np.uint32, np.uint32]:
-    """(value, m, s) so that n // value == n * m >> s for all 0 <= n < 2**31.
-
-    m = ceil(2**s / value) with s = 31 + ceil(log2(value)): then m < 2**32 + 1, and n times what was
-    rounded up is below 2**s.
-    """
-    shift = 31 + (value - 1).bit_length()
-    return np.uint32(value), np.uint32(-(-(1 << shift) // value)), np.uint32(shift)
-
-
-def _steps(array: DeviceArray) -> list[np.int64]:
-    """The strides of all dimensions but the last, in elements."""
-    size = array.dtype.itemsize
-    return [np.int64(step // size) for step in array.strides[:-1]]
+    @property
+    def signature(self) -> Signature:
+        """Shape and strides of pages, strides of indices, topk, strides of topk_length."""
+        indices, length = self.indices, self.topk_length
+        strides = () if length is None else length.strides
+        return (
+            self.pages.shape,
+            self.pages.strides,
+            indices.strides[:-1],
+            (indices.shape[2], strides),
+        )
 
 
-def _lse_steps(lse: DeviceArray) -> list[np.int64]:
-    return [np.int64(step // 4) for step in lse.strides]
+def alignment(q: Any, out: Any) -> int:
+    """Bit 0: rows of q begin at multiples of 16 bytes; bit 1: rows of out begin at 8."""
+    return _aligned(q, 16) | _aligned(out, 8) << 1
 
 
-def _aligned(array: Array, alignment: int) -> bool:
+def _aligned(array: Any, alignment: int) -> bool:
     """Whether the rows (last dimension) of `array` all begin at a multiple of `alignment` bytes."""
-    steps = [s for s, n in zip(array.strides[:-1], array.shape[:-1], strict=True) if n > 1]
-    return all(one % alignment == 0 for one in [_address(array), *steps])
+    on_host = isinstance(array, np.ndarray)
+    bits = array.__array_interface__["data"][0] if on_host else array.data.ptr
+    for size, step in zip(array.shape[:-1], array.strides[:-1], strict=True):
+        if size > 1:
+            bits |= step
+    return not bits % alignment
 
 
-def _address(array: Any) -> int:
-    if isinstance(array, np.ndarray):
-        return int(array.__array_interface__["data"][0])
-    return int(array.data.ptr)
+Scalars = tuple[np.generic, ...]
+_ALIGNED = tuple(map(np.uint32, range(4)))
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """All of a launch that does not change from step to step: made once for each kind of call."""
+
+    program: Program
+    grid: int
+    tile: Tile
+    scalars: tuple[Scalars, ...]
+    """Runs of arguments that are no arrays, in order."""
+
+    def __call__(self, call: Call, arrays: Sequence[Sequence[Any]]) -> None:
+        """Launch with `arrays[i]` before `scalars[i]`."""
+        args: list[Any] = []
+        for some, scalars in zip(arrays, self.scalars, strict=True):
+            args += some
+            args += scalars
+        call.launch(
+            self.program,
+            grid=self.grid,
+            block=self.tile.threads,
+            shared_bytes=self.tile.shared_bytes,
+            args=args,
+        )
 
 
 def dense_decode(
     call: Call,
     *,
-    q: Array,
-    kv_cache: Array,
+    q: DeviceArray,
+    kv_cache: DeviceArray,
     layout: KVLayout,
-    block_table: Array,
-    cache_seqlens: Array,
+    block_table: DeviceArray,
+    cache_seqlens: DeviceArray,
     softmax_scale: float,
     causal: bool,
     block_size: int,
@@ -182,54 +208,77 @@ def dense_decode(
         out, lse: where results of whole requests go.
         aligned: `alignment` of q and out.
     """
-    batch, s_q, h_q, _ = q.shape
-    num_pages, page_size, h_kv, _ = kv_cache.shape
-    group = h_q // h_kv
-    tile = tile_for(layout, s_q * group, call.shared_bytes)
-    tiles = -(-s_q * group // tile.rows)
-    room = min(block_table.shape[1] * page_size, np.iinfo(np.int32).max)
-    q, table, lens = call.read(q), call.read(block_table), call.read(cache_seqlens)
-    call.launch(
-        _dense_program(tile),
-        grid=metadata.shape[0] * tiles * h_kv,
-        block=tile.threads,
-        shared_bytes=tile.shared_bytes,
-        args=[
-            *(q, *_steps(q), out, *_steps(out), lse, *_lse_steps(lse), o_accum, lse_accum),
-            *map(np.uint32, (batch, s_q, h_q, h_kv, tiles)),
-            *_divisor(group)[1:],
-            np.uint32(aligned),
-            call.read(kv_cache),
-            *map(np.int64, kv_cache.strides[:3]),
-            np.uint32(num_pages),
-            *_divisor(page_size),
-            *(table, *_steps(table), lens, *_lse_steps(lens), np.uint32(room)),
-            *(metadata, num_splits),
-            *(np.uint32(block_size), np.uint32(causal), np.float32(softmax_scale * _LOG2_E)),
-        ],
+    launch = _dense_launch(
+        layout.name,
+        call.shared_bytes,
+        q.shape,
+        (q.strides, out.strides, lse.strides),
+        (kv_cache.shape, kv_cache.strides),
+        (block_table.shape, block_table.strides, cache_seqlens.strides),
+        metadata.shape[0],
+        block_size,
+        causal,
+        softmax_scale,
+    )
+    launch(
+        call,
+        (
+            (q,),
+            (out,),
+            (lse,),
+            (o_accum, lse_accum),
+            (_ALIGNED[aligned], kv_cache),
+            (block_table,),
+            (cache_seqlens,),
+            (metadata, num_splits),
+        ),
     )
 
 
-def alignment(q: Array, out: Array) -> int:
-    """Bit 0: rows of q begin at multiples of 16 bytes; bit 1: rows of out begin at 8."""
-    return _aligned(q, 16) | _aligned(out, 8) << 1
-
-
-def _dense_program(tile: Tile) -> Program:
-    expression = f"cumla::decode_dense<{tile.type}, {tile.blocks_per_sm}>"
-    return Program("portable/decode/dense.cuh", expression)
-
-
-def _sparse_program(tile: Tile, has_extra: bool) -> Program:
-    extra = str(has_extra).lower()
-    expression = f"cumla::decode_sparse<{tile.type}, {extra}, {tile.blocks_per_sm}>"
-    return Program("portable/decode/sparse.cuh", expression)
+@lru_cache(maxsize=1024)
+def _dense_launch(
+    layout_name: str,
+    shared_bytes: int,
+    q_shape: Shape,
+    row_strides: tuple[Shape, ...],
+    cache: tuple[Shape, Shape],
+    lookup: tuple[Shape, Shape, Shape],
+    num_parts: int,
+    block_size: int,
+    causal: bool,
+    softmax_scale: float,
+) -> _Launch:
+    layout = _LAYOUTS[layout_name]
+    batch, s_q, h_q, _ = q_shape
+    (num_pages, page_size, h_kv, _), kv_strides = cache
+    (_, max_blocks), table_strides, seqlens_strides = lookup
+    group = h_q // h_kv
+    tile = tile_for(layout, s_q * group, shared_bytes)
+    tiles = -(-s_q * group // tile.rows)
+    room = min(max_blocks * page_size, np.iinfo(np.int32).max)
+    q_steps, out_steps, lse_steps = _row_steps(row_strides)
+    counts = (batch, s_q, h_q, h_kv, tiles)
+    return _Launch(
+        _dense_program(tile),
+        num_parts * tiles * h_kv,
+        tile,
+        (
+            q_steps,
+            out_steps,
+            lse_steps,
+            (*map(np.uint32, counts), *_divisor(group)[1:]),
+            (*map(np.int64, kv_strides[:3]), np.uint32(num_pages), *_divisor(page_size)),
+            (np.int64(table_strides[0] // 4),),
+            (np.int64(seqlens_strides[0] // 4), np.uint32(room)),
+            (np.uint32(block_size), np.uint32(causal), np.float32(softmax_scale * _LOG2_E)),
+        ),
+    )
 
 
 def sparse_decode(
     call: Call,
     *,
-    q: Array,
+    q: DeviceArray,
     main: Selection,
     extra: Selection | None,
     layout: KVLayout,
@@ -252,41 +301,111 @@ def sparse_decode(
         kv_lens: int32 [b], of `cumla.sparse_kv_lengths`; contiguous.
         The others: as for `dense_decode`.
     """
-    batch, s_q, h_q, _ = q.shape
-    tile = tile_for(layout, h_q, call.shared_bytes)
-    tiles = -(-h_q // tile.rows)
-    q = call.read(q)
-    call.launch(
-        _sparse_program(tile, extra is not None),
-        grid=metadata.shape[0] * tiles * s_q,
-        block=tile.threads,
-        shared_bytes=tile.shared_bytes,
-        args=[
-            *(q, *_steps(q), out, *_steps(out), lse, *_lse_steps(lse), o_accum, lse_accum),
-            *(attn_sink, np.int64(attn_sink.strides[0] // 4 if attn_sink is not None else 0)),
-            *map(np.uint32, (batch, s_q, h_q, tiles, aligned)),
-            *_selection(call, main, layout),
-            *_selection(call, extra or main, layout),
-            *(kv_lens, metadata, num_splits),
-            *(np.uint32(block_size), np.float32(softmax_scale * _LOG2_E)),
-        ],
+    other = extra or main
+    launch = _sparse_launch(
+        layout.name,
+        call.shared_bytes,
+        q.shape,
+        (q.strides, out.strides, lse.strides),
+        main.signature,
+        other.signature,
+        extra is not None,
+        0 if attn_sink is None else attn_sink.strides[0] // 4,
+        metadata.shape[0],
+        block_size,
+        softmax_scale,
+    )
+    launch(
+        call,
+        (
+            (q,),
+            (out,),
+            (lse,),
+            (o_accum, lse_accum, attn_sink),
+            (_ALIGNED[aligned], main.pages),
+            (main.indices,),
+            (main.topk_length,),
+            (other.pages,),
+            (other.indices,),
+            (other.topk_length,),
+            (kv_lens, metadata, num_splits),
+        ),
     )
 
 
-def _selection(call: Call, one: Selection, layout: KVLayout) -> list[Any]:
-    num_pages, page_size = one.pages.shape[:2]
-    pages, indices = call.read(one.pages), call.read(one.indices)
-    row_stride = layout.data_row_bytes if layout.is_fp8 else pages.strides[1]
-    length: list[Any] = [None, np.int64(0), np.int64(0)]
-    if one.topk_length is not None:
-        given = call.read(one.topk_length)
-        by_batch, *by_token = (np.int64(step // 4) for step in given.strides)
-        length = [given, by_batch, *(by_token or [np.int64(0)])]
-    return [
-        *(pages, np.int64(pages.strides[0]), np.int64(row_stride)),
-        *(np.uint32(num_pages), *_divisor(page_size)),
-        *(indices, *_steps(indices), *length, np.uint32(indices.shape[2])),
-    ]
+@lru_cache(maxsize=1024)
+def _sparse_launch(
+    layout_name: str,
+    shared_bytes: int,
+    q_shape: Shape,
+    row_strides: tuple[Shape, ...],
+    main: Signature,
+    extra: Signature,
+    has_extra: bool,
+    sink_stride: int,
+    num_parts: int,
+    block_size: int,
+    softmax_scale: float,
+) -> _Launch:
+    layout = _LAYOUTS[layout_name]
+    batch, s_q, h_q, _ = q_shape
+    tile = tile_for(layout, h_q, shared_bytes)
+    tiles = -(-h_q // tile.rows)
+    q_steps, out_steps, lse_steps = _row_steps(row_strides)
+    return _Launch(
+        _sparse_program(tile, has_extra),
+        num_parts * tiles * s_q,
+        tile,
+        (
+            q_steps,
+            out_steps,
+            lse_steps,
+            (np.int64(sink_stride), *map(np.uint32, (batch, s_q, h_q, tiles))),
+            *_pool_scalars(main, layout),
+            *_pool_scalars(extra, layout),
+            (np.uint32(block_size), np.float32(softmax_scale * _LOG2_E)),
+        ),
+    )
+
+
+def _row_steps(strides: tuple[Shape, ...]) -> tuple[Scalars, Scalars, Scalars]:
+    """Strides in elements: of q and out, two bytes each, but for the last; and of lse."""
+    q, out, lse = strides
+    q_steps = tuple(np.int64(step // 2) for step in q[:-1])
+    out_steps = tuple(np.int64(step // 2) for step in out[:-1])
+    return q_steps, out_steps, tuple(np.int64(step // 4) for step in lse)
+
+
+def _pool_scalars(of: Signature, layout: KVLayout) -> tuple[Scalars, Scalars, Scalars]:
+    (num_pages, page_size, *_), strides, indices, (topk, length) = of
+    row_stride = layout.data_row_bytes if layout.is_fp8 else strides[1]
+    by_batch, by_token = (*length, 0, 0)[:2]
+    return (
+        (np.int64(strides[0]), np.int64(row_stride), np.uint32(num_pages), *_divisor(page_size)),
+        tuple(np.int64(step // 4) for step in indices),
+        (np.int64(by_batch // 4), np.int64(by_token // 4), np.uint32(topk)),
+    )
+
+
+def _divisor(value: int) -> tuple[np.uint32, np.uint32, np.uint32]:
+    """(value, m, s) so that n // value == n * m >> s for all 0 <= n < 2**31.
+
+    m = ceil(2**s / value) with s = 31 + ceil(log2(value)): then m < 2**32 + 1, and n times what was
+    rounded up is below 2**s.
+    """
+    shift = 31 + (value - 1).bit_length()
+    return np.uint32(value), np.uint32(-(-(1 << shift) // value)), np.uint32(shift)
+
+
+def _dense_program(tile: Tile) -> Program:
+    expression = f"cumla::decode_dense<{tile.type}, {tile.blocks_per_sm}>"
+    return Program("portable/decode/dense.cuh", expression)
+
+
+def _sparse_program(tile: Tile, has_extra: bool) -> Program:
+    extra = str(has_extra).lower()
+    expression = f"cumla::decode_sparse<{tile.type}, {extra}, {tile.blocks_per_sm}>"
+    return Program("portable/decode/sparse.cuh", expression)
 
 
 def instances(target_shared_bytes: int) -> Iterator[tuple[Program, Tile]]:
