@@ -13,6 +13,7 @@ SUMMARIES = {
     "info": "Show versions, GPU, compiler, backends and folders.",
     "smoke": "Run every op in every format and check the results.",
     "bench": "Time one op.",
+    "compile": "Compile all kernels ahead of time.",
     "sim": "Run CUDA kernels on the CPU, with checks and counters.",
 }
 

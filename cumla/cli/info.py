@@ -7,7 +7,6 @@ import platform
 import textwrap
 from collections.abc import Callable
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import click
@@ -18,6 +17,8 @@ import cumla
 from cumla.backends import availability, get_backend
 from cumla.backends.numpy.parallel import num_threads
 from cumla.checks import ArgumentError
+from cumla.jit import sources
+from cumla.jit.cache import Cache, CacheUnusable, location
 
 _WIDTH = 100
 _CUPY_DISTRIBUTIONS = ("cupy-cuda12x", "cupy-cuda13x", "cupy")
@@ -60,7 +61,7 @@ def _gather() -> dict[str, Any]:
         "gpu": _gpus(),
         "nvrtc": _nvrtc(),
         "kernel_sources": _kernel_sources(),
-        "kernel_cache": None,  # nothing is compiled yet
+        "kernel_cache": _kernel_cache(),
         "threads": _setting(num_threads),
         "default_backend": _setting(get_backend),
         "backends": _backends(),
@@ -81,8 +82,8 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         *([] if gpu["found"] else [("GPU", f"none found: {gpu['reason']}")]),
         ("NVRTC", nvrtc["version"] or f"not usable: {nvrtc['reason']}"),
         *([("", nvrtc["path"])] if nvrtc["path"] else []),
-        ("kernel sources", facts["kernel_sources"] or "none yet"),
-        ("kernel cache", "none yet: nothing is compiled"),
+        ("kernel sources", facts["kernel_sources"] or "not found: reinstall cumla"),
+        *_cache_lines(facts["kernel_cache"]),
         ("threads", str(facts["threads"])),
         ("NumPy arrays", f"run on backend {facts['default_backend']}"),
     ]
@@ -164,11 +165,31 @@ def _nvrtc() -> dict[str, Any]:
 
 def _kernel_sources() -> str | None:
     """The folder of CUDA C: inside the wheel, or beside the package in a checkout."""
-    package = Path(cumla.__file__).parent
-    for folder in (package / "kernels_cu", package.parent / "kernels_cu"):
-        if any(folder.rglob("*.cu*")):
-            return str(folder)
-    return None
+    folder = sources.root()
+    return str(folder) if any(folder.rglob("*.cuh")) else None
+
+
+def _kernel_cache() -> dict[str, Any]:
+    """Where compiled kernels are kept, how many and how large, or why none can be."""
+    facts: dict[str, Any] = {"path": None, "kernels": 0, "bytes": 0, "reason": None}
+    try:
+        folder = location()
+        facts["path"] = str(folder)
+        cache = Cache(folder)
+        facts["reason"] = cache.problem()
+        facts["kernels"], facts["bytes"] = cache.size()
+    except CacheUnusable as error:
+        facts["reason"] = str(error)
+    return facts
+
+
+def _cache_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    if facts["reason"] is not None:
+        lines = [f"not usable: {facts['reason']}"]
+    else:
+        lines = [f"{facts['kernels']} kernels, {facts['bytes'] / 2**20:.1f} MiB"]
+    lines += [facts["path"]] if facts["path"] else []
+    return list(zip(("kernel cache", ""), lines, strict=False))
 
 
 def _setting(read: Callable[[], int | str]) -> int | str:

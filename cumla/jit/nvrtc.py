@@ -1,51 +1,75 @@
-"""CUDA C to PTX with NVRTC. It needs NVRTC's library, but neither a GPU nor a driver.
+"""CUDA C to PTX and cubin with NVRTC. It needs NVRTC's library, but neither a GPU nor a driver.
 
-The library is called through CuPy's bindings, which are imported at the first call.
+The library is called through CuPy's bindings, which are imported at the first call. NVRTC works
+without Python's lock, so that threads compile at the same time.
 """
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import re
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from cumla.checks import bad_type, bad_value
+from cumla.jit.errors import CompileError
+
+__all__ = ["CompileError", "Compiled", "compile_kernel", "compile_to_ptx", "identity", "version"]
 
 _TARGET = re.compile(r"(?:sm|compute)_(\d+)([af]?)")
 _ARCHITECTURE = re.compile(r"(?:--gpu-architecture|-arch)(?:=|$)")
-# "k.cu(12): error: ...", also "catastrophic error" and "error #20-D".
-_ERROR = re.compile(r"^(.+)\((\d+)\): (?:catastrophic |internal )?error\b", re.MULTILINE)
-# Lines of source shown before and after each error.
-CONTEXT = 2
+_ENDS = 1 << 16
+"""Bytes at the start and at the end of the library that `identity` looks at."""
 
 
-class CompileError(Exception):
-    """NVRTC refused the source; the text has its log and the source lines around each error.
+@dataclass(frozen=True)
+class Compiled:
+    """What NVRTC made of a kernel."""
 
-    Attributes:
-        name: what the source is called in messages.
-        source: the source that was compiled.
-        options: all options that NVRTC was given.
-        log: NVRTC's messages.
-    """
-
-    def __init__(self, name: str, source: str, options: Sequence[str], log: str) -> None:
-        self.name = name
-        self.source = source
-        self.options = tuple(options)
-        self.log = log
-        shown = [*_listing(name, source, log)]
-        text = f"{name} does not compile with {' '.join(options)}\n{log.strip()}"
-        super().__init__("\n".join([text, *(["", *shown] if shown else [])]))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return CompileError, (self.name, self.source, self.options, self.log)
+    entry: str
+    """The kernel's name in the PTX and the cubin."""
+    ptx: str
+    cubin: bytes | None
+    log: str
+    """NVRTC's and ptxas' messages."""
+    options: tuple[str, ...]
+    """All that NVRTC was given."""
+    seconds: float
 
 
 def version() -> tuple[int, int]:
     """NVRTC's version, e.g. (12, 9)."""
     major, minor = _library().getVersion()
     return int(major), int(minor)
+
+
+@cache
+def identity() -> str:
+    """NVRTC's version and a hash of what is at both ends of its library, e.g. "12.9 5d41402a".
+
+    Two builds of one version differ there: in the ELF headers, the symbols and the section table.
+    CuPy's bindings load what cuda.pathfinder finds. Asking that alone is quicker than they are, and
+    all that a process has to do whose kernels are in the cache.
+    """
+    try:
+        from cuda import pathfinder
+
+        file = pathfinder.load_nvidia_dynamic_lib("nvrtc").abs_path
+        major, minor = ctypes.c_int(), ctypes.c_int()
+        library = ctypes.CDLL(file)
+        with open(file, "rb") as stream:
+            ends = stream.read(_ENDS)
+            stream.seek(-_ENDS, 2)
+            ends += stream.read()
+    except Exception:
+        # Many things can be missing or odd; the bindings have further places to look.
+        return ".".join(map(str, version()))
+    library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    return f"{major.value}.{minor.value} {hashlib.sha256(ends).hexdigest()[:8]}"
 
 
 def compile_to_ptx(source: str, name: str, target: str, options: Sequence[str] = ()) -> str:
@@ -72,16 +96,55 @@ def compile_to_ptx(source: str, name: str, target: str, options: Sequence[str] =
         raise bad_value(
             "options", list(options), "`target` sets the architecture", "Pass it as `target` only."
         )
+    return _compile(source, name, None, "compute_" + _architecture(target), options).ptx
+
+
+def compile_kernel(
+    source: str,
+    name: str,
+    expression: str,
+    target: str,
+    options: Sequence[str] = (),
+    *,
+    cubin: bool = False,
+) -> Compiled:
+    """Compile one kernel: to PTX, and to a cubin, too, if that is wanted. The PTX is the same.
+
+    Args:
+        expression: the kernel's C++ name with its template arguments, "cumla::attend<16, 4>".
+        source, name, target, options: as for `compile_to_ptx`.
+
+    Raises:
+        CompileError, ArgumentError: as `compile_to_ptx`.
+    """
+    kind = "sm_" if cubin else "compute_"
+    return _compile(source, name, expression, kind + _architecture(target), options)
+
+
+def _compile(
+    source: str, name: str, expression: str | None, architecture: str, options: Sequence[str]
+) -> Compiled:
     nvrtc = _library()
-    given = [f"--gpu-architecture={_architecture(nvrtc, target)}", *options]
+    given = (f"--gpu-architecture={architecture}", *options)
     program = nvrtc.createProgram(source, name, [], [])
     try:
+        begin = time.perf_counter()
         try:
-            nvrtc.compileProgram(program, given)
+            if expression is not None:
+                nvrtc.addNameExpression(program, expression)
+            nvrtc.compileProgram(program, list(given))
         except nvrtc.NVRTCError as error:
             log = _text(nvrtc.getProgramLog(program)) or str(error)
             raise CompileError(name, source, given, log) from None
-        return _text(nvrtc.getPTX(program))
+        seconds = time.perf_counter() - begin
+        return Compiled(
+            "" if expression is None else nvrtc.getLoweredName(program, expression),
+            _text(nvrtc.getPTX(program)),
+            nvrtc.getCUBIN(program) if architecture.startswith("sm_") else None,
+            _text(nvrtc.getProgramLog(program)),
+            given,
+            seconds,
+        )
     finally:
         nvrtc.destroyProgram(program)
 
@@ -92,9 +155,9 @@ def _library() -> Any:
     return nvrtc
 
 
-def _architecture(nvrtc: Any, target: str) -> str:
-    """ "compute_90a" for "sm_90a"; raise for a target that this NVRTC has not."""
-    known = sorted(int(one) for one in nvrtc.getSupportedArchs())
+def _architecture(target: str) -> str:
+    """ "90a" for "sm_90a"; raise for a target that this NVRTC has not."""
+    known = sorted(int(one) for one in _library().getSupportedArchs())
     match = _TARGET.fullmatch(target)
     # PTX ISA "PTX Module Directives: .target": features of one architecture (a) came with sm_90,
     # those of a family (f) with sm_100.
@@ -106,21 +169,8 @@ def _architecture(nvrtc: Any, target: str) -> str:
             f"NVRTC {'.'.join(map(str, version()))} has {', '.join(f'sm_{n}' for n in known)}",
             "Pass one of these; from sm_90 on with a suffix 'a' too, from sm_100 on with 'f'.",
         )
-    return f"compute_{match[1]}{match[2]}"
+    return match[1] + match[2]
 
 
 def _text(value: str | bytes) -> str:
     return value.decode(errors="replace") if isinstance(value, bytes) else value
-
-
-def _listing(name: str, source: str, log: str) -> Iterator[str]:
-    """The numbered source lines around each error, those with an error marked."""
-    lines = source.split("\n")
-    bad = {int(m[2]) for m in _ERROR.finditer(log) if m[1] == name and int(m[2]) <= len(lines)}
-    shown = {n for b in bad for n in range(b - CONTEXT, b + CONTEXT + 1) if 1 <= n <= len(lines)}
-    width = len(str(max(shown, default=0)))
-    for number in sorted(shown):
-        if number - 1 not in shown and number != min(shown):
-            yield "  ..."
-        mark = ">" if number in bad else " "
-        yield f"{mark} {number:{width}} | {lines[number - 1].rstrip()}".rstrip()

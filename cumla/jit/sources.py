@@ -9,7 +9,10 @@ from pathlib import Path
 
 from cumla.checks import bad_value
 
-_INCLUDE = re.compile(r'[ \t]*#[ \t]*include[ \t]+"([^"]+)"[ \t]*')
+_INCLUDE = re.compile(r'[ \t]*#[ \t]*include[ \t]+"([^"]+)"[ \t]*(?://.*)?')
+PREFIX = "/kernels_cu/"
+"""Before the paths of `#line` directives. NVRTC would put the working directory before a relative
+path, and the same kernel would become different code in each."""
 
 
 def root() -> Path:
@@ -39,15 +42,16 @@ def flatten(path: str, read: Callable[[str], str]) -> str:
 
     def expand(name: str) -> list[str]:
         done.add(name)
-        lines = [f'#line 1 "{name}"']
-        for number, line in enumerate(read(name).splitlines(), start=1):
+        lines = [f'#line 1 "{PREFIX}{name}"']
+        # Not splitlines: it knows ends of lines that a compiler does not.
+        for number, line in enumerate(read(name).removesuffix("\n").split("\n"), start=1):
             match = _INCLUDE.fullmatch(line)
             if match is None:
                 lines.append(line)
                 continue
             if match[1] not in done:
                 lines += expand(match[1])
-            lines.append(f'#line {number + 1} "{name}"')
+            lines.append(f'#line {number + 1} "{PREFIX}{name}"')
         return lines
 
     try:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import pickle
+import re
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -127,9 +131,18 @@ def test_errors_show_the_source_around_them() -> None:
     [
         ("#include <nowhere.h>\n", ["> 1 | #include <nowhere.h>", "  2 |"]),
         ("enum {};\r\n#error stop\r\n", ["  1 | enum {};", "> 2 | #error stop", "  3 |"]),
-        # An error in another file, or beyond the text, has no lines to show.
-        ('#line 3 "other.cu"\nerror here;\n', []),
-        ("#line 300\nerror here;\n", []),
+        # What `#line` says is followed.
+        ("#line 300\nerror here;\n", ["> 300 | error here;", "  301 |"]),
+        (
+            '#line 8 "b.cu"\nenum B {};\n#error b\n',
+            ["b.cu:", "   8 | enum B {};", ">  9 | #error b", "  10 |"],
+        ),
+        (
+            '#line 8 "b.cu"\nbad b;\n#line 5 "k.cu"\nenum C {};\nbad c;',
+            ["b.cu:", "> 8 | bad b;", "k.cu:", "  5 | enum C {};", "> 6 | bad c;"],
+        ),
+        # This `#line` is none. No line is better than a wrong one.
+        ('#line 3 "k.cu"\n#define x \\\n#line 7\nerror', []),
     ],
 )
 def test_listings(source: str, listing: list[str]) -> None:
@@ -137,6 +150,56 @@ def test_listings(source: str, listing: list[str]) -> None:
         nvrtc.compile_to_ptx(source, "k.cu", "sm_90")
     shown = str(caught.value).split(caught.value.log.strip())[1].strip("\n")
     assert shown.split("\n") == (listing or [""])
+
+
+KERNEL = """
+template <int N> __global__ void k(int* x) {
+    __shared__ int held[N];
+    held[threadIdx.x] = *x;
+    __syncthreads();
+    *x = held[0];
+}
+"""
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90a", "compute_90a", "sm_100a", "sm_120"])
+def test_a_kernel_by_its_expression(target: str) -> None:
+    options = ["-lineinfo", "-default-device"]
+    alone = nvrtc.compile_kernel(KERNEL, "/k.cu", "k<9>", target, options)
+    both = nvrtc.compile_kernel(KERNEL, "/k.cu", "k<9>", target, options, cubin=True)
+    assert alone.entry == both.entry == "_Z1kILi9EEvPi"
+    assert alone.ptx == both.ptx
+    assert f".entry {alone.entry}(" in alone.ptx
+    assert alone.cubin is None
+    assert both.cubin is not None
+    assert both.cubin.startswith(b"\x7fELF")
+    number = target.split("_")[1]
+    assert both.options == (f"--gpu-architecture=sm_{number}", *options)
+    assert alone.options == (f"--gpu-architecture=compute_{number}", *options)
+    assert min(alone.seconds, both.seconds) > 0
+
+
+def test_identity_tells_builds_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cuda import pathfinder
+
+    real = nvrtc.identity()
+    assert re.fullmatch(r"{}\.{} [0-9a-f]{{8}}".format(*nvrtc.version()), real)
+    found = pathfinder.load_nvidia_dynamic_lib("nvrtc")
+    monkeypatch.setattr(nvrtc.ctypes, "CDLL", lambda name, load=ctypes.CDLL: load(found.abs_path))
+    seen = {real}
+    for content in (b"a" * 200_000, b"a" * 199_999 + b"b", b"b" + b"a" * 199_999):
+        (tmp_path / "libnvrtc.so").write_bytes(content)
+        other = SimpleNamespace(abs_path=str(tmp_path / "libnvrtc.so"))
+        monkeypatch.setattr(pathfinder, "load_nvidia_dynamic_lib", lambda name, it=other: it)
+        nvrtc.identity.cache_clear()
+        seen.add(nvrtc.identity())
+    assert len(seen) == 4
+    # Where pathfinder finds nothing, CuPy's bindings may.
+    monkeypatch.setitem(sys.modules, "cuda.pathfinder", None)
+    monkeypatch.setitem(sys.modules, "cuda", None)
+    nvrtc.identity.cache_clear()
+    assert nvrtc.identity() == "{}.{}".format(*nvrtc.version())
+    nvrtc.identity.cache_clear()
 
 
 def test_unknown_option_is_a_compile_error() -> None:
