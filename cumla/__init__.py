@@ -2,11 +2,14 @@
 
 from cumla import layouts
 from cumla.attention import (
+    decode_workspace_bytes,
     dense_decode,
     merge_attention,
     mha_varlen,
     mha_varlen_backward,
+    plan_decode,
     sparse_decode,
+    sparse_kv_lengths,
     sparse_prefill,
 )
 from cumla.backends import BackendUnavailable, get_backend, use_backend
@@ -16,8 +19,6 @@ from cumla.paged import OutOfPages, PagedKVCache
 from cumla.schedule import (
     DecodePlan,
     dense_num_parts,
-    plan_decode,
-    sparse_kv_lengths,
     sparse_num_parts,
 )
 
@@ -31,6 +32,7 @@ __all__ = [
     "OutOfPages",
     "PagedKVCache",
     "__version__",
+    "decode_workspace_bytes",
     "dense_decode",
     "dense_num_parts",
     "get_backend",

@@ -198,7 +198,6 @@ def check_pages(
     page follow each other without a gap; padding of any such size may follow the page. Where the
     scales of a V4_FP8 page lie depends on its page size, so such a pool cannot be sliced along it.
     """
-    check_array(argument, pages)
     if layout.is_fp8 and _holds_bytes(pages.dtype):
         # A view of the same bytes; int8 and float8 arrays hold nothing else.
         pages = pages.view(np.uint8)

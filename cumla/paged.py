@@ -6,7 +6,8 @@ A sequence is a list of pages, its block table, and a length. Its token i lives 
 
 A method checks all of its arguments and the page count first, then moves bytes to places that no
 sequence can see yet, and changes the tables last: an error, whoever raises it, leaves the cache as
-it was. The tables are host arrays and no lock guards them: one thread at a time.
+it was. Tables and lengths are kept on the host, also for pages on a GPU, and no lock guards them:
+one thread at a time.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cumla.backends import Backend, load_backend
+from cumla.backends.arrays import Arrays, is_on_gpu
 from cumla.checks import bad_type, bad_value, check_array, check_dtype, check_int, check_shape
 from cumla.fp8 import BF16, ScaleRule
-from cumla.layouts import KVLayout, as_rows, check_layout, check_scale_rule
+from cumla.layouts import KVLayout, check_layout, check_scale_rule
 
 Array = NDArray[Any]
 Int32 = NDArray[np.int32]
@@ -177,7 +179,8 @@ class PagedKVCache:
         Args:
             sequences: n ids, all different.
             kv: [sum(lengths), d_qk], bfloat16, float16 or float32, rounded to the layout's compute
-                dtype first; the rows of sequence i come after those of sequence i - 1.
+                dtype first; the rows of sequence i come after those of sequence i - 1. On the GPU
+                for a cache there.
             lengths: [n] rows for each sequence; 0 is allowed.
             scale_rule: as for `cumla.pack_kv`.
 
@@ -197,7 +200,7 @@ class PagedKVCache:
                 "Append the rows of a sequence together, or call append again.",
             )
         counts = _check_lengths(lengths, len(found))
-        check_array("kv", kv)
+        kv = self._own_array("kv", kv)
         check_dtype("kv", kv, [BF16, np.float16, np.float32])
         check_shape("kv", kv, [sum(counts), self.layout.d_qk])
         rule = check_scale_rule(self.layout, scale_rule)
@@ -217,14 +220,13 @@ class PagedKVCache:
         at = np.arange(len(kv)) + (filled - np.cumsum(counts) + counts)[owner]
         block, offset = np.divmod(at, self.page_size)
         slots: Int64 = pages[bounds[owner] + block].astype(np.int64) * self.page_size + offset
-        rows = np.ascontiguousarray(as_rows(kv, self.layout))
         for one, count in zip(found, counts, strict=True):
             one.reserve(self._blocks(one.length + count))
         # Until the tables change, these bytes lie in free pages or past the end of a sequence. All
         # copies come before the rows: where one sharer copies a page, another may write into it.
         for source, place in copies:
             self.backend.copy_page(self.pages, self.layout, source, int(pages[place]))
-        self.backend.write_rows(self.pages, self.layout, slots, rows, rule)
+        self.backend.write_rows(self.pages, self.layout, slots, kv, rule)
 
         self._num_free -= needed
         self._owners[fresh] = 1
@@ -241,16 +243,15 @@ class PagedKVCache:
         return self._find("sequence", sequence).length
 
     def cache_seqlens(self, sequences: Sequence[int] | Array) -> Int32:
-        """int32 [n]: the lengths of n sequences."""
-        return np.array([one.length for one in self._find_all(sequences)], np.int32)
+        """int32 [n]: the lengths of n sequences, where the pages are."""
+        return self.backend.as_array(self._lengths_of(sequences))
 
     def block_table(self, sequences: Sequence[int] | Array) -> Int32:
-        """int32 [n, max_blocks]: the pages of n sequences, then -1; max_blocks is at least 1."""
-        tables = [self._table(one) for one in self._find_all(sequences)]
-        result = np.full((len(tables), max([1, *map(len, tables)])), -1, np.int32)
-        for row, table in zip(result, tables, strict=True):
-            row[: len(table)] = table
-        return result
+        """int32 [n, max_blocks]: the pages of n sequences, then -1; max_blocks is at least 1.
+
+        Where the cache's pages are: a CuPy array for a cache on the GPU.
+        """
+        return self.backend.as_array(self._tables_of(sequences))
 
     def slot_ids(self, sequence: int, positions: Array) -> Int64:
         """Where tokens of one sequence are in the pool.
@@ -279,15 +280,20 @@ class PagedKVCache:
         Args:
             sequences: n ids.
             positions: [n, s_q, topk] int32 or int64, counted from the start of each sequence and
-                less than its length; a negative one selects nothing.
+                less than its length; a negative one selects nothing. On the GPU, which only a cache
+                there takes, int32, and nobody looks whether they are less than the lengths: one
+                beyond a sequence's last page selects nothing.
 
         Returns:
-            int32 [n, s_q, topk]: slots, and -1 in place of every negative position.
+            int32 [n, s_q, topk]: slots, and -1 in place of every negative position; where the pages
+            are.
 
         Raises:
             ArgumentError, ArgumentTypeError (ValueError, TypeError): naming the argument.
         """
-        table, lengths = self.block_table(sequences), self.cache_seqlens(sequences)
+        table, lengths = self._tables_of(sequences), self._lengths_of(sequences)
+        if is_on_gpu("positions", positions):
+            return self._token_indices_on_gpu(table, positions)
         _check_positions(positions)
         check_shape("positions", positions, [len(table), "s_q", "topk"])
         beyond = np.argwhere(positions >= lengths[:, None, None])
@@ -297,12 +303,47 @@ class PagedKVCache:
         selected = positions >= 0
         block, offset = np.divmod(np.where(selected, positions, 0), self.page_size)
         page = table[np.arange(len(table))[:, None, None], block]
-        return np.where(selected, page * self.page_size + offset, -1).astype(np.int32)
+        slots = np.where(selected, page * self.page_size + offset, -1).astype(np.int32)
+        return self.backend.as_array(slots)
+
+    def _token_indices_on_gpu(self, table: Int32, positions: Any) -> Int32:
+        positions = self._own_array("positions", positions)
+        check_dtype("positions", positions, [np.int32])
+        check_shape("positions", positions, [len(table), "s_q", "topk"])
+        backend: Any = self.backend  # on a GPU there is no other than KernelBackend
+        slots: Int32 = backend.token_slots(positions, table, self.num_pages, self.page_size)
+        return slots
 
     def read(self, sequence: int) -> Array:
         """The decoded rows of a sequence, [length, d_qk] in the layout's compute dtype."""
         slots = self.slot_ids(sequence, np.arange(self.length(sequence)))
         return self.backend.read_rows(self.pages, self.layout, slots)
+
+    def _own_array(self, argument: str, value: Any) -> Array:
+        """`value` as an array of the library and the device that the pages are on, else raise."""
+        arrays = Arrays(**{argument: value})
+        mine = self.backend.name == "cupy"
+        if arrays.on_gpu != mine:
+            places = ("the CPU", "the GPU")
+            raise bad_value(
+                argument,
+                f"an array on {places[arrays.on_gpu]}",
+                f"this cache is on {places[mine]}",
+                f"Copy {argument} over, or make the cache with backend='cupy'."
+                if arrays.on_gpu
+                else f"Copy it with cupy.asarray({argument}).",
+            )
+        return arrays[argument]
+
+    def _lengths_of(self, sequences: Sequence[int] | Array) -> Int32:
+        return np.array([one.length for one in self._find_all(sequences)], np.int32)
+
+    def _tables_of(self, sequences: Sequence[int] | Array) -> Int32:
+        tables = [self._table(one) for one in self._find_all(sequences)]
+        result = np.full((len(tables), max([1, *map(len, tables)])), -1, np.int32)
+        for row, table in zip(result, tables, strict=True):
+            row[: len(table)] = table
+        return result
 
     def _blocks(self, length: int) -> int:
         return -(-length // self.page_size)

@@ -28,14 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cumla.checks import (
-    bad_value,
-    check_array,
-    check_dtype,
-    check_in_range,
-    check_int,
-    check_shape,
-)
+from cumla.checks import bad_value, check_array, check_dtype, check_in_range, check_int, check_shape
 
 Array = NDArray[Any]
 Int32 = NDArray[np.int32]
@@ -76,7 +69,10 @@ class Piece:
 
 @dataclass(frozen=True, eq=False)
 class DecodePlan:
-    """Who does what in one decode step. Made by `plan_decode`; the arrays are read-only.
+    """Who does what in one decode step. Made by `plan_decode`; the arrays must not be changed.
+
+    They are NumPy arrays, read-only, or, from lengths on a GPU, CuPy arrays. Of those `num_pieces`,
+    `pieces` and `check_lengths` make copies on the host, which waits for the GPU.
 
     A row of `tile_scheduler_metadata` is a part (`METADATA_FIELDS`). It works on the requests
     begin_req to end_req, the last included; on the first from begin_block on, on the last up to
@@ -106,17 +102,17 @@ class DecodePlan:
 
     @property
     def num_pieces(self) -> int:
-        return int(self.num_splits[-1])
+        return int(_on_host(self.num_splits)[-1])
 
     def pieces(self) -> list[Piece]:
         """All pieces in slot order, read from the metadata the way an attention kernel does.
 
         A request of no tokens has one piece, of no blocks: begin_block == end_block == 0.
         """
-        blocks = _ceil_div(self.kv_lens, self.block_size).tolist()
-        first_slot = self.num_splits.tolist()
+        blocks = _ceil_div(_on_host(self.kv_lens), self.block_size).tolist()
+        first_slot = _on_host(self.num_splits).tolist()
         found = []
-        for row in self.tile_scheduler_metadata.tolist():
+        for row in _on_host(self.tile_scheduler_metadata).tolist():
             begin_req, end_req, begin_block, end_block, begin_fragment = row[:5]
             if begin_req == self.batch:
                 continue
@@ -152,13 +148,14 @@ class DecodePlan:
                 f"the plan was made for a batch of {self.batch}",
                 fix,
             )
-        differs = kv_lens != self.kv_lens
+        planned = _on_host(self.kv_lens)
+        differs = kv_lens != planned
         if differs.any():
             request = int(differs.argmax())
             raise bad_value(
                 argument,
                 f"KV length {kv_lens[request]} for request {request}",
-                f"the plan was made for length {self.kv_lens[request]} there",
+                f"the plan was made for length {planned[request]} there",
                 fix,
             )
 
@@ -360,8 +357,7 @@ def dense_num_parts(num_sms: int, s_q: int, h_q: int, h_kv: int) -> int:
     A tile holds 64 of the s_q * h_q / h_kv query rows that share a KV head. At least 1.
 
     Raises:
-        ArgumentError, ArgumentTypeError (ValueError, TypeError): naming the argument; all must be
-            >= 1 and h_q a multiple of h_kv.
+        ArgumentError, ArgumentTypeError: naming it; all must be >= 1 and h_q a multiple of h_kv.
     """
     num_sms = check_int("num_sms", num_sms, low=1)
     s_q = check_int("s_q", s_q, low=1)
@@ -384,13 +380,16 @@ def sparse_num_parts(num_sms: int, s_q: int, h_q: int) -> int:
     Each query token selects its own KV, so a tile holds 64 heads of one token. At least 1.
 
     Raises:
-        ArgumentError, ArgumentTypeError (ValueError, TypeError): naming the argument; all must be
-            >= 1.
+        ArgumentError, ArgumentTypeError: naming the argument; all must be >= 1.
     """
     num_sms = check_int("num_sms", num_sms, low=1)
     s_q = check_int("s_q", s_q, low=1)
     h_q = check_int("h_q", h_q, low=1)
     return max(num_sms // (s_q * -(-h_q // _ROWS_PER_TILE)), 1)
+
+
+def _on_host(array: Array) -> Array:
+    return array if isinstance(array, np.ndarray) else array.get()
 
 
 def _ceil_div(values: Array, divisor: int) -> Int64:

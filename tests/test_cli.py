@@ -113,6 +113,8 @@ def test_info_without_cupy_or_nvrtc(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_info_json_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cupy", fake_cupy(2))
+    # The backend that it makes usable is for this test only.
+    monkeypatch.setattr(cumla.backends, "_loaded", {})
     monkeypatch.setenv("CUMLA_NUM_THREADS", "3")
     result = run("info --json")
     assert result.exit_code == 0, result.output
@@ -126,7 +128,8 @@ def test_info_json_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert facts["backends"]["numpy"] is None
     assert set(facts["backends"]) == {"numpy", "cupy", "sim"}
     assert facts["default_backend"] == "numpy"
-    assert (facts["kernel_sources"], facts["kernel_cache"]) == (None, None)
+    assert facts["kernel_sources"] is not None
+    assert "kernel_cache" in facts
 
 
 def test_info_shows_a_backend_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,9 @@ import ctypes
 import gc
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any
 
+import capsules
 import ml_dtypes
 import numpy as np
 import pytest
@@ -27,93 +28,15 @@ bf16 = ml_dtypes.bfloat16
 e4m3 = ml_dtypes.float8_e4m3fn
 e8m0 = ml_dtypes.float8_e8m0fnu
 
-# dlpack.h, written down a second time: what the code under test must agree with.
-_KINDS = {"i": 0, "u": 1, "f": 2, "b": 6}
-_NAMED = {np.dtype(bf16): 4, np.dtype(e4m3): 10, np.dtype(e8m0): 14}
-# What a freed struct says it holds: a type of its own that is read differently.
-_FREED = _NAMED[np.dtype(bf16)]
-_CPU, _CUDA, _METAL = 1, 2, 8
-_READ_ONLY = 1
-
-
-class DLTensor(ctypes.Structure):
-    _fields_: ClassVar = [
-        ("data", ctypes.c_void_p),
-        ("device_type", ctypes.c_int32),
-        ("device_id", ctypes.c_int32),
-        ("ndim", ctypes.c_int32),
-        ("code", ctypes.c_uint8),
-        ("bits", ctypes.c_uint8),
-        ("lanes", ctypes.c_uint16),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),
-        ("byte_offset", ctypes.c_uint64),
-    ]
-
-
-class Managed(ctypes.Structure):
-    _fields_: ClassVar = [
-        ("tensor", DLTensor),
-        ("context", ctypes.c_void_p),
-        ("deleter", ctypes.c_void_p),
-    ]
-
-
-class ManagedVersioned(ctypes.Structure):
-    _fields_: ClassVar = [
-        ("major", ctypes.c_uint32),
-        ("minor", ctypes.c_uint32),
-        ("context", ctypes.c_void_p),
-        ("deleter", ctypes.c_void_p),
-        ("flags", ctypes.c_uint64),
-        ("tensor", DLTensor),
-    ]
-
-
-STRUCTS = {b"dltensor": Managed, b"dltensor_versioned": ManagedVersioned}
-
-# Prototypes of our own: attributes of ctypes.pythonapi are shared by the whole process.
-_capsule_new = ctypes.PYFUNCTYPE(
-    ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p
-)(("PyCapsule_New", ctypes.pythonapi))
-# Capsules as plain addresses: a destructor meets its capsule when no reference may be taken.
-_is_valid = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p)(
-    ("PyCapsule_IsValid", ctypes.pythonapi)
-)
-_get_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)(
-    ("PyCapsule_GetPointer", ctypes.pythonapi)
-)
-
-_live: dict[int, Any] = {}
-_freed: list[Any] = []
-"""Structs that were given back stay allocated, with a type code that nobody may believe."""
-
-
-def _delete(address: int) -> None:
-    struct, array = _live.pop(address)
-    struct.tensor.code = _FREED
-    struct.tensor.data = None
-    _freed.append((struct, type(array)))
-
-
-def _destroy(capsule: int) -> None:
-    for name in STRUCTS:
-        if _is_valid(capsule, name):  # not consumed
-            _delete(_get_pointer(capsule, name))
-
-
-_deleter = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(_delete)
-_destructor = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(_destroy)
-
 
 @pytest.fixture(autouse=True)
 def _all_given_back() -> Iterator[None]:
     """After a test every capsule's struct was given back, once (a second time is a KeyError)."""
-    before = set(_live)  # of a test that failed
-    _freed.clear()
+    before = set(capsules.live)  # of a test that failed
+    capsules.freed.clear()
     yield
     gc.collect()
-    assert not set(_live) - before
+    assert not set(capsules.live) - before
 
 
 class Memory(np.ndarray[Any, Any]):
@@ -129,7 +52,7 @@ class Exporter:
         *,
         versioned: bool = False,
         read_only: bool = False,
-        device: int = _CPU,
+        device: int = capsules.CPU,
         owner: object = None,
     ) -> None:
         self.array, self.versioned, self.read_only = array, versioned, read_only
@@ -141,28 +64,12 @@ class Exporter:
     def __dlpack__(self, *, stream: Any = None, **how: Any) -> Any:
         if how and not self.versioned:
             raise TypeError("an exporter from before max_version")
-        array = self.array
         modern = self.versioned and (how.get("max_version") or (0, 0)) >= (1, 0)
-        struct: Any = ManagedVersioned() if modern else Managed()
-        if modern:
-            struct.major, struct.flags = 1, _READ_ONLY if self.read_only else 0
-        elif self.read_only:
+        if self.read_only and not modern:
             raise BufferError("a read-only array needs a versioned capsule")
-        tensor = struct.tensor
-        tensor.data = array.ctypes.data
-        tensor.device_type, tensor.ndim, tensor.lanes = self.device, array.ndim, 1
-        tensor.bits = 8 * array.itemsize
-        code = _NAMED.get(array.dtype)
-        tensor.code = _KINDS[array.dtype.kind] if code is None else code
-        tensor.shape = (ctypes.c_int64 * array.ndim)(*array.shape)
-        tensor.strides = (ctypes.c_int64 * array.ndim)(
-            *(one // array.itemsize for one in array.strides)
-        )
-        struct.deleter = ctypes.cast(_deleter, ctypes.c_void_p)
-        _live[ctypes.addressof(struct)] = (struct, array)
-        name = b"dltensor_versioned" if modern else b"dltensor"
-        return _capsule_new(
-            ctypes.addressof(struct), name, ctypes.cast(_destructor, ctypes.c_void_p)
+        address, device = self.array.ctypes.data, (self.device, 0)
+        return capsules.make(
+            self.array, address, device, versioned=modern, read_only=self.read_only
         )
 
     def __array_namespace__(self, api_version: str | None = None) -> Any:
@@ -172,23 +79,13 @@ class Exporter:
 def from_dlpack(foreign: Any) -> Exporter:
     """The other library's way in: the capsule's memory, by the type code that is in it."""
     capsule = foreign.__dlpack__(max_version=(1, 0))
-    name = next(one for one in STRUCTS if _is_valid(id(capsule), one))
-    struct: Any = STRUCTS[name].from_address(_get_pointer(id(capsule), name))
-    tensor = struct.tensor
-    dtypes = {code: dtype for dtype, code in _NAMED.items()}
-    dtypes[_KINDS["f"]] = np.dtype(f"f{tensor.bits // 8}")
-    dtypes[_KINDS["i"]] = np.dtype(f"i{tensor.bits // 8}")
-    dtype = dtypes[tensor.code]
-    assert tensor.bits == 8 * dtype.itemsize
-    shape = tuple(tensor.shape[i] for i in range(tensor.ndim))
+    tensor, shape, strides, dtype = capsules.read(capsule)
     size = int(np.prod(shape)) * dtype.itemsize
     data = (ctypes.c_uint8 * size).from_address(tensor.data + tensor.byte_offset)
     array = np.frombuffer(data, dtype).reshape(shape)
-    strides = array.strides
-    if tensor.strides:
-        strides = tuple(tensor.strides[i] * dtype.itemsize for i in range(tensor.ndim))
     # An unconsumed capsule gives its struct back when it goes.
-    return Exporter(np.lib.stride_tricks.as_strided(array, shape, strides), owner=capsule)
+    strided = np.lib.stride_tricks.as_strided(array, shape, strides or array.strides)
+    return Exporter(strided, owner=capsule)
 
 
 class Namespace:
@@ -422,7 +319,7 @@ def test_capsules_are_given_back_call_after_call() -> None:
     for _ in range(5):
         flash_mla.flash_attn_varlen_func(**call)
     gc.collect()
-    assert len(_freed) >= 5 * 5
+    assert len(capsules.freed) >= 5 * 5
 
 
 def test_failed_calls_give_capsules_back() -> None:
@@ -431,7 +328,7 @@ def test_failed_calls_give_capsules_back() -> None:
         with pytest.raises((ArgumentError, ArgumentTypeError)):
             flash_mla.flash_attn_varlen_func(**(call | change))
     gc.collect()
-    assert len(_freed) >= 3 * 5
+    assert len(capsules.freed) >= 3 * 5
 
 
 def test_numpy_and_exporters_mixed() -> None:
@@ -496,11 +393,11 @@ def test_array_type_without_a_way_back_is_refused_before_anything_is_written() -
 def test_devices() -> None:
     call = _dense()
     with pytest.raises(BackendUnavailable, match=r"^q: "):
-        _decode(**convert(call, lambda array: Exporter(array, device=_CUDA)))
-    call["k_cache"] = Exporter(call["k_cache"], device=_CUDA)
+        _decode(**convert(call, lambda array: Exporter(array, device=capsules.CUDA)))
+    call["k_cache"] = Exporter(call["k_cache"], device=capsules.CUDA)
     with pytest.raises(ArgumentError, match=r"^k_cache: got an array on the GPU.* q is on the CPU"):
         _decode(**call)
-    call["k_cache"] = Exporter(_dense()["k_cache"], device=_METAL)
+    call["k_cache"] = Exporter(_dense()["k_cache"], device=capsules.METAL)
     with pytest.raises(ArgumentError, match=r"^k_cache: got an array on DLPack device type 8"):
         _decode(**call)
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from cumla.backends import Backend
-from cumla.backends.arrays import Arrays
+from cumla.attention.plan import decode_workspace_bytes
+from cumla.backends.arrays import Arrays, is_cupy, shares_memory
 from cumla.checks import (
     bad_type,
     bad_value,
@@ -22,6 +22,7 @@ from cumla.schedule import DecodePlan
 
 Array = NDArray[Any]
 HALF_DTYPES = (BF16, np.dtype(np.float16))
+_PAGES_ALIGNMENT = 16
 
 
 def check_half(
@@ -62,7 +63,10 @@ def check_indices(argument: str, array: Array, shape: tuple[str | int, ...]) -> 
 def check_lengths(
     argument: str, lengths: Array, shapes: tuple[tuple[int, ...], ...], high: int, reason: str
 ) -> None:
-    """Raise unless `lengths` is int32 of one of `shapes` and every entry is in [0, high]."""
+    """Raise unless `lengths` is int32 of one of `shapes` and every entry is in [0, high].
+
+    What an array on a GPU holds is not looked at: that would wait for the GPU.
+    """
     check_dtype(argument, lengths, [np.int32])
     if lengths.shape not in shapes:
         raise bad_value(
@@ -71,7 +75,8 @@ def check_lengths(
             "it must be " + " or ".join(str(list(one)) for one in shapes),
             "Pass one length for each request or query.",
         )
-    check_in_range(argument, lengths, high, reason)
+    if not is_cupy(lengths):
+        check_in_range(argument, lengths, high, reason)
 
 
 def check_sink(sink: Array | None, h_q: int) -> None:
@@ -92,28 +97,38 @@ def check_heads(h_q: int, h_kv: int) -> None:
         )
 
 
+def check_pages_base(argument: str, pages: Array) -> None:
+    """Raise if pages on a GPU begin where 16 bytes cannot be read at once."""
+    if is_cupy(pages):
+        memory: Any = pages.data
+        if memory.ptr % _PAGES_ALIGNMENT:
+            raise bad_value(
+                argument,
+                f"pages at address {memory.ptr:#x}",
+                f"it must be a multiple of {_PAGES_ALIGNMENT}",
+                "Slice a buffer at such a multiple, or copy the pages.",
+            )
+
+
 def check_flag(argument: str, value: Any) -> None:
     """Raise unless `value` is a bool."""
     if not isinstance(value, (bool, np.bool_)):
         raise bad_type(argument, repr(value), "it must be True or False", "Pass a bool.")
 
 
-def check_stream(stream: Any) -> None:
-    """Raise if a CPU call got a CUDA stream."""
-    if stream is not None:
-        raise bad_value(
-            "stream",
-            repr(stream),
-            "NumPy arrays are computed on the CPU before the call returns",
-            "Leave stream out.",
-        )
-
-
 def check_plan(plan: Any, argument: str, kv_lens: NDArray[np.int32]) -> None:
-    """Raise unless `plan` is None or a DecodePlan for just the lengths of this call."""
+    """Raise unless `plan` is None or a DecodePlan for just the lengths of this call.
+
+    With lengths on a GPU only their number counts: what they are is not looked at.
+    """
     check_plan_type(plan)
-    if plan is not None:
-        plan.check_lengths(argument, kv_lens)
+    if plan is None:
+        return
+    if is_cupy(kv_lens):
+        check_plan_batch(plan, argument, len(kv_lens))
+        return
+    check_plan_on_cpu(plan)
+    plan.check_lengths(argument, kv_lens)
 
 
 def check_plan_type(plan: Any) -> None:
@@ -124,23 +139,71 @@ def check_plan_type(plan: Any) -> None:
         )
 
 
-def result_array(
-    arrays: Arrays, backend: Backend, argument: str, shape: tuple[int, ...], dtype: DTypeLike
-) -> Array:
-    """Where a result goes: the array passed as `argument`, checked, or a new one."""
-    dtype = backend.result_dtype(dtype)
+def check_plan_on_cpu(plan: DecodePlan) -> None:
+    """Raise if `plan` was made on a GPU."""
+    if is_cupy(plan.kv_lens):
+        raise bad_value(
+            "plan",
+            "a plan on a GPU",
+            "the arrays are on the CPU",
+            "Plan from lengths on the CPU: cumla.plan_decode(cupy.asnumpy(lengths), ...).",
+        )
+
+
+def check_plan_batch(plan: DecodePlan, argument: str, batch: int) -> None:
+    """Raise unless `plan` is for so many requests."""
+    if plan.batch != batch:
+        raise bad_value(
+            argument,
+            f"a batch of {batch}",
+            f"the plan was made for a batch of {plan.batch}",
+            "Plan again: call cumla.plan_decode with the lengths of this step.",
+        )
+
+
+def check_workspace(
+    workspace: Array | None, plan: DecodePlan | None, rows: tuple[int, int, int]
+) -> None:
+    """Raise unless `workspace` is None or bytes that a GPU can use, enough of them for `plan`.
+
+    rows: b, s_q and h_q.
+    """
+    if workspace is None:
+        return
+    check_dtype("workspace", workspace, [np.uint8])
+    if not workspace.flags.c_contiguous:
+        raise bad_value(
+            "workspace", f"strides {workspace.strides}", "it must be contiguous", "Copy it."
+        )
+    if plan is None or not is_cupy(workspace):
+        return
+    need = decode_workspace_bytes(*rows, plan.num_parts)
+    if workspace.nbytes < need:
+        raise bad_value(
+            "workspace",
+            f"{workspace.nbytes} bytes",
+            f"b, s_q, h_q = {rows} and {plan.num_parts} parts need {need}",
+            "Ask cumla.decode_workspace_bytes for the size.",
+        )
+
+
+def result_array(arrays: Arrays, argument: str, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+    """Where a result goes: the array passed as `argument`, checked, or a new one.
+
+    Within `arrays.place`.
+    """
+    dtype = arrays.backend.result_dtype(dtype)
     given = arrays.optional(argument)
     if given is None:
-        return np.empty(shape, dtype)
+        return arrays.empty(shape, dtype)
     check_dtype(argument, given, [dtype])
     check_shape(argument, given, shape)
-    if not given.flags.writeable:
+    if arrays.is_read_only(argument):
         raise bad_value(
             argument, "a read-only array", "results are written to it", "Pass a writable one."
         )
     for name, other in arrays.items():
-        # Exactly: dk and dv may well be the interleaved halves of one array.
-        if name != argument and np.shares_memory(given, other):
+        if name != argument and shares_memory(given, other):
             raise bad_value(
                 argument,
                 f"an array that shares memory with {name}",

@@ -12,13 +12,14 @@ from cumla.attention.arguments import (
     check_half,
     check_heads,
     check_lengths,
+    check_pages_base,
     check_plan,
-    check_stream,
+    check_workspace,
     result_array,
 )
-from cumla.backends import load_backend
-from cumla.backends.arrays import Arrays
+from cumla.backends.arrays import Arrays, is_cupy
 from cumla.backends.problems import DenseDecode
+from cumla.backends.replay import attempt
 from cumla.checks import bad_value, check_dtype, check_last_stride, check_scale, check_shape
 from cumla.layouts import check_pages, layout_of
 from cumla.schedule import DecodePlan
@@ -42,6 +43,10 @@ def dense_decode(
 ) -> tuple[Any, Any]:
     """Attention of new query tokens over all cached tokens of their request.
 
+    What arrays on a GPU hold is not looked at, as that would wait for the GPU: there a length, an
+    index or a page that is out of range is no error, and does not lead the kernels out of the
+    arrays. With results, workspace and plan given, such a call allocates nothing.
+
     Args:
         q: [b, s_q, h_q, 576], bfloat16 or float16. Head h belongs to KV head h // (h_q / h_kv).
         kv_cache: [pages, page_size, h_kv, 576], q's dtype; V is the first 512 numbers of a row.
@@ -52,9 +57,13 @@ def dense_decode(
             factor squared, so pass your model's own.
         causal: query s of s_q sees tokens j < cache_seqlens - (s_q - 1 - s) only.
         out, lse: where to put the results, of their shapes and dtypes.
-        workspace: scratch memory that a GPU backend may use; the CPU needs none.
-        plan: from `cumla.plan_decode(cache_seqlens, ...)`, to cut the work in your own way.
-        stream: a CUDA stream, for arrays on a GPU.
+        workspace: uint8, contiguous, at a multiple of 256 bytes: scratch memory for a GPU, of
+            `cumla.decode_workspace_bytes(...)`; without it, CuPy's pool gives some. The CPU needs
+            none.
+        plan: from `cumla.plan_decode(cache_seqlens, ...)`, to cut the work in your own way. One
+            made on the CPU is copied to the GPU once for each stream that uses it.
+        stream: for arrays on a GPU; CuPy's current stream by default. A CuPy stream, an object
+            with __cuda_stream__, cuda_stream or ptr, or a stream's address.
 
     Returns:
         out [b, s_q, h_q, 512] in q's dtype and lse [b, h_q, s_q], float32, natural log. A row
@@ -64,6 +73,10 @@ def dense_decode(
         ArgumentError, ArgumentTypeError (ValueError, TypeError): naming the argument.
         BackendUnavailable: the arrays are on a GPU that cannot be used.
     """
+    inputs = (q, kv_cache, block_table, cache_seqlens, workspace)
+    again = attempt("dense", inputs, (out, lse), plan, (softmax_scale, causal), stream)
+    if again.results is not None:
+        return again.results
     arrays = Arrays(
         q=q,
         kv_cache=kv_cache,
@@ -72,9 +85,8 @@ def dense_decode(
         out=out,
         lse=lse,
         workspace=workspace,
+        stream=stream,
     )
-    check_stream(stream)
-    backend = load_backend()
     queries, cache = arrays["q"], arrays["kv_cache"]
     layout = layout_of("kv_cache", cache)
     if layout.is_fp8:
@@ -85,6 +97,7 @@ def dense_decode(
             "Use cumla.sparse_decode for FP8 caches, or decode them with cumla.unpack_kv.",
         )
     cache = check_pages("kv_cache", cache, layout, h_kv=cache.shape[2])
+    check_pages_base("kv_cache", cache)
     check_half("q", queries, ("b", "s_q", "h_q", layout.d_qk), layout.compute_dtype)
     batch, s_q, h_q, _ = queries.shape
     check_heads(h_q, cache.shape[2])
@@ -92,26 +105,33 @@ def dense_decode(
     _check_table(table, seqlens, batch, cache)
     check_flag("causal", causal)
     check_plan(plan, "cache_seqlens", seqlens)
-    problem = DenseDecode(
-        q=queries,
-        kv_cache=cache,
-        block_table=table,
-        cache_seqlens=seqlens,
-        layout=layout,
-        softmax_scale=check_scale("softmax_scale", softmax_scale, layout.d_qk**-0.5),
-        causal=bool(causal),
-        plan=plan,
-        out=result_array(arrays, backend, "out", (batch, s_q, h_q, layout.d_v), queries.dtype),
-        lse=result_array(arrays, backend, "lse", (batch, h_q, s_q), np.float32),
-        workspace=arrays.optional("workspace"),
-        stream=stream,
-    )
-    backend.dense_decode(problem)
-    return arrays.give_back("out", problem.out), arrays.give_back("lse", problem.lse)
+    check_workspace(arrays.optional("workspace"), plan, (batch, s_q, h_q))
+    scale = check_scale("softmax_scale", softmax_scale, layout.d_qk**-0.5)
+    with arrays.place():
+        problem = DenseDecode(
+            q=queries,
+            kv_cache=cache,
+            block_table=table,
+            cache_seqlens=seqlens,
+            layout=layout,
+            softmax_scale=scale,
+            causal=bool(causal),
+            plan=plan,
+            out=result_array(arrays, "out", (batch, s_q, h_q, layout.d_v), queries.dtype),
+            lse=result_array(arrays, "lse", (batch, h_q, s_q), np.float32),
+            workspace=arrays.optional("workspace"),
+            stream=stream,
+        )
+        with again.recorded((problem.out, problem.lse)):
+            arrays.backend.dense_decode(problem)
+        return arrays.give_back("out", problem.out), arrays.give_back("lse", problem.lse)
 
 
 def _check_table(table: Array, seqlens: Array, batch: int, cache: Array) -> None:
-    """Raise unless every block that a length reaches is a page of the cache."""
+    """Raise unless every block that a length reaches is a page of the cache.
+
+    What arrays on a GPU hold is not looked at.
+    """
     num_pages, page_size = cache.shape[:2]
     check_dtype("block_table", table, [np.int32])
     check_shape("block_table", table, [batch, "max_blocks"])
@@ -128,6 +148,8 @@ def _check_table(table: Array, seqlens: Array, batch: int, cache: Array) -> None
         room,
         f"block_table has room for {table.shape[1]} blocks of {page_size} tokens.",
     )
+    if is_cupy(seqlens):
+        return
     blocks = -(-seqlens.astype(np.int64) // page_size)
     in_use = np.arange(table.shape[1]) < blocks[:, None]
     wrong = in_use & ((table < 0) | (table >= num_pages))

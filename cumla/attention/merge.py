@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cumla.attention.arguments import HALF_DTYPES, check_stream, result_array
-from cumla.backends import load_backend
+from cumla.attention.arguments import HALF_DTYPES, result_array
 from cumla.backends.arrays import Arrays
 from cumla.backends.problems import MergeAttention
 from cumla.checks import bad_type, bad_value, check_dtype, check_shape
@@ -65,9 +64,8 @@ def merge_attention(
     for name, value in given.items():
         if value is None:
             raise bad_type(name, "None", "it must be an array", "Leave missing results out.")
-    arrays = Arrays(**given, out=out, lse=lse)
-    check_stream(stream)
-    backend = load_backend()
+    arrays = Arrays(**given, out=out, lse=lse, stream=stream)
+    backend = arrays.backend
     first = arrays["outs[0]"]
     check_dtype("outs[0]", first, [*HALF_DTYPES, np.float32, backend.result_dtype(np.float32)])
     if first.ndim not in (3, 4):
@@ -91,13 +89,14 @@ def merge_attention(
     def by_row(array: Array) -> Array:
         return array.swapaxes(1, 2) if heads_first else array
 
-    merged_lse = result_array(arrays, backend, "lse", lse_shape, np.float32)
-    problem = MergeAttention(
-        outs=tuple(arrays[f"outs[{i}]"] for i in range(len(outs))),
-        lses=tuple(by_row(arrays[f"lses[{i}]"]) for i in range(len(lses))),
-        out=result_array(arrays, backend, "out", first.shape, first.dtype),
-        lse=by_row(merged_lse),
-        stream=stream,
-    )
-    backend.merge_attention(problem)
-    return arrays.give_back("out", problem.out), arrays.give_back("lse", merged_lse)
+    with arrays.place():
+        merged_lse = result_array(arrays, "lse", lse_shape, np.float32)
+        problem = MergeAttention(
+            outs=tuple(arrays[f"outs[{i}]"] for i in range(len(outs))),
+            lses=tuple(by_row(arrays[f"lses[{i}]"]) for i in range(len(lses))),
+            out=result_array(arrays, "out", first.shape, first.dtype),
+            lse=by_row(merged_lse),
+            stream=stream,
+        )
+        backend.merge_attention(problem)
+        return arrays.give_back("out", problem.out), arrays.give_back("lse", merged_lse)

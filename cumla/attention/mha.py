@@ -11,11 +11,9 @@ from cumla.attention.arguments import (
     check_flag,
     check_half,
     check_heads,
-    check_stream,
     result_array,
 )
-from cumla.backends import load_backend
-from cumla.backends.arrays import Arrays
+from cumla.backends.arrays import Arrays, is_cupy
 from cumla.backends.problems import MhaVarlen, MhaVarlenBackward
 from cumla.checks import bad_value, check_dtype, check_scale, check_shape
 
@@ -41,7 +39,8 @@ def mha_varlen(
         q: [total_q, h_q, d_qk], bfloat16 or float16. Head h belongs to KV head h // (h_q / h_kv).
         k: [total_k, h_kv, d_qk], q's dtype.
         v: [total_k, h_kv, d_v], q's dtype. Head dims are free; DeepSeek V3 has 192 and 128.
-        cu_seqlens_q, cu_seqlens_k: int32 [b + 1], where each sequence begins, from 0 to the total.
+        cu_seqlens_q, cu_seqlens_k: int32 [b + 1], where each sequence begins, from 0 to the total;
+            on a GPU what they hold is not checked.
         softmax_scale: > 0; d_qk**-0.5 by default.
         causal: query token t of s_q sees key tokens j < s_k - (s_q - 1 - t) only.
         out, lse: where to put the results, of their shapes and dtypes.
@@ -56,18 +55,25 @@ def mha_varlen(
         BackendUnavailable: the arrays are on a GPU that cannot be used.
     """
     arrays = Arrays(
-        q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, out=out, lse=lse
+        q=q,
+        k=k,
+        v=v,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        out=out,
+        lse=lse,
+        stream=stream,
     )
-    check_stream(stream)
-    backend = load_backend()
     out_shape = _check(arrays, causal)
-    problem = MhaVarlen(
-        **_inputs(arrays, softmax_scale, causal),
-        out=result_array(arrays, backend, "out", out_shape, arrays["q"].dtype),
-        lse=result_array(arrays, backend, "lse", out_shape[:2], np.float32),
-    )
-    backend.mha_varlen(problem)
-    return arrays.give_back("out", problem.out), arrays.give_back("lse", problem.lse)
+    inputs = _inputs(arrays, softmax_scale, causal)
+    with arrays.place():
+        problem = MhaVarlen(
+            **inputs,
+            out=result_array(arrays, "out", out_shape, arrays["q"].dtype),
+            lse=result_array(arrays, "lse", out_shape[:2], np.float32),
+        )
+        arrays.backend.mha_varlen(problem)
+        return arrays.give_back("out", problem.out), arrays.give_back("lse", problem.lse)
 
 
 def mha_varlen_backward(
@@ -116,9 +122,9 @@ def mha_varlen_backward(
         dq=dq,
         dk=dk,
         dv=dv,
+        stream=stream,
     )
-    check_stream(stream)
-    backend = load_backend()
+    backend = arrays.backend
     out_shape = _check(arrays, causal)
     dtype = arrays["q"].dtype
     for name in ("dout", "out"):
@@ -127,21 +133,21 @@ def mha_varlen_backward(
         check_half(name, arrays[name], out_shape, wanted, may_be_empty=True)
     check_dtype("lse", arrays["lse"], [np.float32, backend.result_dtype(np.float32)])
     check_shape("lse", arrays["lse"], out_shape[:2])
-    problem = MhaVarlenBackward(
-        forward=MhaVarlen(
-            **_inputs(arrays, softmax_scale, causal), out=arrays["out"], lse=arrays["lse"]
-        ),
-        dout=arrays["dout"],
-        dq=result_array(arrays, backend, "dq", arrays["q"].shape, dtype),
-        dk=result_array(arrays, backend, "dk", arrays["k"].shape, dtype),
-        dv=result_array(arrays, backend, "dv", arrays["v"].shape, dtype),
-    )
-    backend.mha_varlen_backward(problem)
-    return (
-        arrays.give_back("dq", problem.dq),
-        arrays.give_back("dk", problem.dk),
-        arrays.give_back("dv", problem.dv),
-    )
+    inputs = _inputs(arrays, softmax_scale, causal)
+    with arrays.place():
+        problem = MhaVarlenBackward(
+            forward=MhaVarlen(**inputs, out=arrays["out"], lse=arrays["lse"]),
+            dout=arrays["dout"],
+            dq=result_array(arrays, "dq", arrays["q"].shape, dtype),
+            dk=result_array(arrays, "dk", arrays["k"].shape, dtype),
+            dv=result_array(arrays, "dv", arrays["v"].shape, dtype),
+        )
+        backend.mha_varlen_backward(problem)
+        return (
+            arrays.give_back("dq", problem.dq),
+            arrays.give_back("dk", problem.dk),
+            arrays.give_back("dv", problem.dv),
+        )
 
 
 def _inputs(arrays: Arrays, softmax_scale: float | None, causal: bool) -> dict[str, Any]:
@@ -169,9 +175,14 @@ def _check(arrays: Arrays, causal: Any) -> tuple[int, int, int]:
 
 
 def _check_bounds(argument: str, bounds: Array, size: str | int, total: int) -> None:
-    """Raise unless `bounds` runs from 0 to `total` without a step back."""
+    """Raise unless `bounds` runs from 0 to `total` without a step back.
+
+    What an array on a GPU holds is not looked at.
+    """
     check_dtype(argument, bounds, [np.int32])
     check_shape(argument, bounds, [size])
+    if is_cupy(bounds):
+        return
     # Compared, not subtracted: a difference may wrap around in int32.
     falls = (bounds[1:] < bounds[:-1]).any()
     if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != total or falls:

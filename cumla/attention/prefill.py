@@ -11,10 +11,8 @@ from cumla.attention.arguments import (
     check_indices,
     check_lengths,
     check_sink,
-    check_stream,
     result_array,
 )
-from cumla.backends import load_backend
 from cumla.backends.arrays import Arrays
 from cumla.backends.problems import SparsePrefill
 from cumla.checks import (
@@ -56,7 +54,7 @@ def sparse_prefill(
         d_v: 512.
         attn_sink: float32 [h_q]; out is multiplied by exp(lse) / (exp(lse) + exp(attn_sink)).
         topk_length: int32 [s_q], how many of a query's indices count, from the first; all by
-            default. What stands beyond is never looked at.
+            default. What stands beyond is never looked at. On a GPU a length is not checked.
         out, max_logits, lse: where to put the results, of their shapes and dtypes.
         stream: a CUDA stream, for arrays on a GPU.
 
@@ -78,9 +76,8 @@ def sparse_prefill(
         out=out,
         max_logits=max_logits,
         lse=lse,
+        stream=stream,
     )
-    check_stream(stream)
-    backend = load_backend()
     queries, keys, selected = arrays["q"], arrays["kv"], arrays["indices"]
     check_half("q", queries, ("s_q", "h_q", "d_qk"))
     s_q, h_q, d_qk = queries.shape
@@ -102,21 +99,23 @@ def sparse_prefill(
     d_v = check_int("d_v", d_v, low=_V_DIM, high=_V_DIM)
     if sm_scale is None:
         raise bad_value("sm_scale", None, "it has no default", "Pass a float such as d_qk**-0.5.")
-    problem = SparsePrefill(
-        q=queries,
-        kv=keys,
-        indices=selected,
-        topk_length=lengths,
-        attn_sink=arrays.optional("attn_sink"),
-        softmax_scale=check_scale("sm_scale", sm_scale, sm_scale),
-        d_v=d_v,
-        out=result_array(arrays, backend, "out", (s_q, h_q, d_v), queries.dtype),
-        max_logits=result_array(arrays, backend, "max_logits", (s_q, h_q), np.float32),
-        lse=result_array(arrays, backend, "lse", (s_q, h_q), np.float32),
-    )
-    backend.sparse_prefill(problem)
-    return (
-        arrays.give_back("out", problem.out),
-        arrays.give_back("max_logits", problem.max_logits),
-        arrays.give_back("lse", problem.lse),
-    )
+    scale = check_scale("sm_scale", sm_scale, sm_scale)
+    with arrays.place():
+        problem = SparsePrefill(
+            q=queries,
+            kv=keys,
+            indices=selected,
+            topk_length=lengths,
+            attn_sink=arrays.optional("attn_sink"),
+            softmax_scale=scale,
+            d_v=d_v,
+            out=result_array(arrays, "out", (s_q, h_q, d_v), queries.dtype),
+            max_logits=result_array(arrays, "max_logits", (s_q, h_q), np.float32),
+            lse=result_array(arrays, "lse", (s_q, h_q), np.float32),
+        )
+        arrays.backend.sparse_prefill(problem)
+        return (
+            arrays.give_back("out", problem.out),
+            arrays.give_back("max_logits", problem.max_logits),
+            arrays.give_back("lse", problem.lse),
+        )

@@ -11,15 +11,17 @@ from cumla.attention.arguments import (
     check_half,
     check_indices,
     check_lengths,
+    check_pages_base,
     check_plan,
+    check_plan_batch,
     check_plan_type,
     check_sink,
-    check_stream,
+    check_workspace,
     result_array,
 )
-from cumla.backends import load_backend
-from cumla.backends.arrays import Arrays
+from cumla.backends.arrays import Arrays, is_cupy
 from cumla.backends.problems import SparseDecode, TokenPool
+from cumla.backends.replay import attempt
 from cumla.checks import bad_value, check_scale
 from cumla.layouts import KVLayout, check_pages, layout_of
 from cumla.schedule import DecodePlan, sparse_kv_lengths
@@ -46,6 +48,10 @@ def sparse_decode(
 ) -> tuple[Any, Any]:
     """Attention of new query tokens over the cached tokens that each of them selects.
 
+    What arrays on a GPU hold is not looked at, as that would wait for the GPU: there a length, an
+    index or a page that is out of range is no error, and does not lead the kernels out of the
+    arrays. With results, workspace and plan given, such a call allocates nothing.
+
     Args:
         q: [b, s_q, h_q, d_qk], bfloat16 (float16 over an FP16 cache); d_qk is the cache's: 576,
             or 512 for V4_FP8. Any h_q.
@@ -62,9 +68,13 @@ def sparse_decode(
         softmax_scale: > 0; d_qk**-0.5 by default. DeepSeek V3.2 wants 192**-0.5 times its YaRN
             factor squared, V4 512**-0.5.
         out, lse: where to put the results, of their shapes and dtypes.
-        workspace: scratch memory that a GPU backend may use; the CPU needs none.
-        plan: from `cumla.plan_decode(cumla.sparse_kv_lengths(...), ...)`.
-        stream: a CUDA stream, for arrays on a GPU.
+        workspace: uint8, contiguous, at a multiple of 256 bytes: scratch memory for a GPU, of
+            `cumla.decode_workspace_bytes(...)`; without it, CuPy's pool gives some. The CPU needs
+            none.
+        plan: from `cumla.plan_decode(cumla.sparse_kv_lengths(...), ...)`. One made on the CPU is
+            copied to the GPU once for each stream that uses it.
+        stream: for arrays on a GPU; CuPy's current stream by default. A CuPy stream, an object
+            with __cuda_stream__, cuda_stream or ptr, or a stream's address.
 
     Returns:
         out [b, s_q, h_q, 512] in q's dtype and lse [b, h_q, s_q], float32, natural log. A row
@@ -74,6 +84,13 @@ def sparse_decode(
         ArgumentError, ArgumentTypeError (ValueError, TypeError): naming the argument.
         BackendUnavailable: the arrays are on a GPU that cannot be used.
     """
+    inputs = (
+        *(q, kv_cache, indices, topk_length, attn_sink),
+        *(extra_kv_cache, extra_indices, extra_topk_length, workspace),
+    )
+    again = attempt("sparse", inputs, (out, lse), plan, (softmax_scale,), stream)
+    if again.results is not None:
+        return again.results
     arrays = Arrays(
         q=q,
         kv_cache=kv_cache,
@@ -86,9 +103,8 @@ def sparse_decode(
         out=out,
         lse=lse,
         workspace=workspace,
+        stream=stream,
     )
-    check_stream(stream)
-    backend = load_backend()
     queries = arrays["q"]
     layout = layout_of("kv_cache", arrays["kv_cache"])
     check_half("q", queries, ("b", "s_q", "h_q", layout.d_qk), layout.compute_dtype)
@@ -96,35 +112,54 @@ def sparse_decode(
     main = _pool(arrays, "", layout, batch, s_q)
     extra = _extra_pool(arrays, layout, batch, s_q)
     check_sink(arrays.optional("attn_sink"), h_q)
+    _check_plan(plan, main, extra)
+    check_workspace(arrays.optional("workspace"), plan, (batch, s_q, h_q))
+    scale = check_scale("softmax_scale", softmax_scale, layout.d_qk**-0.5)
+    with arrays.place():
+        problem = SparseDecode(
+            q=queries,
+            main=main,
+            extra=extra,
+            attn_sink=arrays.optional("attn_sink"),
+            softmax_scale=scale,
+            plan=plan,
+            out=result_array(arrays, "out", (batch, s_q, h_q, layout.d_v), queries.dtype),
+            lse=result_array(arrays, "lse", (batch, h_q, s_q), np.float32),
+            workspace=arrays.optional("workspace"),
+            stream=stream,
+        )
+        with again.recorded((problem.out, problem.lse)):
+            arrays.backend.sparse_decode(problem)
+        return arrays.give_back("out", problem.out), arrays.give_back("lse", problem.lse)
+
+
+def _check_plan(plan: Any, main: TokenPool, extra: TokenPool | None) -> None:
+    """Raise unless `plan` is None or a DecodePlan for just the lengths of this call.
+
+    With arrays on a GPU only their number counts: what they hold is not looked at.
+    """
     check_plan_type(plan)
+    batch, _, topk = main.indices.shape
+    if is_cupy(main.indices):
+        if plan is not None:
+            check_plan_batch(plan, "indices", batch)
+        return
+    # Without a plan too: it refuses what selects too many tokens.
     kv_lens = sparse_kv_lengths(
         batch,
-        main.indices.shape[2],
+        topk,
         main.topk_length,
         extra.indices.shape[2] if extra else 0,
         extra.topk_length if extra else None,
         block_size=plan.block_size if plan else 64,
     )
     check_plan(plan, "topk_length", kv_lens)
-    problem = SparseDecode(
-        q=queries,
-        main=main,
-        extra=extra,
-        attn_sink=arrays.optional("attn_sink"),
-        softmax_scale=check_scale("softmax_scale", softmax_scale, layout.d_qk**-0.5),
-        plan=plan,
-        out=result_array(arrays, backend, "out", (batch, s_q, h_q, layout.d_v), queries.dtype),
-        lse=result_array(arrays, backend, "lse", (batch, h_q, s_q), np.float32),
-        workspace=arrays.optional("workspace"),
-        stream=stream,
-    )
-    backend.sparse_decode(problem)
-    return arrays.give_back("out", problem.out), arrays.give_back("lse", problem.lse)
 
 
 def _pool(arrays: Arrays, prefix: str, layout: KVLayout, batch: int, s_q: int) -> TokenPool:
     """The main pool (prefix "") or the extra one (prefix "extra_"), checked."""
     pages = check_pages(prefix + "kv_cache", arrays[prefix + "kv_cache"], layout)
+    check_pages_base(prefix + "kv_cache", pages)
     indices = arrays[prefix + "indices"]
     check_indices(prefix + "indices", indices, (batch, s_q, prefix + "topk"))
     lengths = arrays.optional(prefix + "topk_length")

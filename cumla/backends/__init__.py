@@ -49,13 +49,16 @@ class Backend(Protocol):
     def result_dtype(self, dtype: DTypeLike) -> np.dtype[Any]:
         """The dtype of a result that is `dtype` in the op's definition."""
 
+    def as_array(self, array: Array) -> Array:
+        """A NumPy array as its callers hold arrays: itself, or a copy where they are."""
+
     def empty_pages(self, layout: KVLayout, num_pages: int, page_size: int) -> Array:
         """A zeroed page pool for one KV head."""
 
     def write_rows(
         self, pages: Array, layout: KVLayout, slots: Array, rows: Array, rule: ScaleRule | None
     ) -> None:
-        """Encode rows [n, d_qk] into the distinct slots [n] of the pool."""
+        """Encode rows [n, d_qk], bf16, fp16 or float32, into the distinct slots [n] of the pool."""
 
     def read_rows(self, pages: Array, layout: KVLayout, slots: Array) -> Array:
         """The decoded rows [n, d_qk] at slots [n], in the layout's compute dtype."""
@@ -83,21 +86,33 @@ def _float64() -> Backend:
     return NumpyBackend(np.float64)
 
 
-def _not_written_yet(name: str) -> Callable[[], Backend]:
-    def load() -> Backend:
-        raise BackendUnavailable(
-            f"backend {name!r}: this version of cumla has no GPU kernels yet. Pass NumPy arrays "
-            "and use the 'numpy' backend."
-        )
+def _cupy() -> Backend:
+    from cumla.backends.gpu import GpuDevice
+    from cumla.backends.kernel_backend import KernelBackend
 
-    return load
+    return KernelBackend("cupy", GpuDevice())
+
+
+def _sim() -> Backend:
+    from cumla.backends.kernel_backend import KernelBackend
+    from cumla.backends.simulated import SimulatedDevice
+    from cumla.jit import nvrtc
+
+    try:
+        nvrtc.version()
+    except Exception as error:  # a library that is missing or broken fails in many ways
+        raise BackendUnavailable(
+            f"backend 'sim': NVRTC, which compiles the kernels, cannot be used "
+            f"({type(error).__name__}: {error}). Install nvidia-cuda-nvrtc-cu12 and cupy-cuda12x."
+        ) from error
+    return KernelBackend("sim", SimulatedDevice.from_environment())
 
 
 _LOADERS: dict[str, Callable[[], Backend]] = {
     "numpy": _numpy,
     _ORACLE: _float64,
-    "cupy": _not_written_yet("cupy"),
-    "sim": _not_written_yet("sim"),
+    "cupy": _cupy,
+    "sim": _sim,
 }
 _loaded: dict[str, Backend] = {}
 _chosen: ContextVar[str | None] = ContextVar("cumla_backend", default=None)

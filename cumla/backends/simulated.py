@@ -98,6 +98,10 @@ class SimulatedDevice:
         """
         return SimulatedCall(self)
 
+    def as_array(self, array: Array) -> Array:
+        """A NumPy array as it is."""
+        return array
+
     def empty_pages(self, layout: KVLayout, num_pages: int, page_size: int) -> Array:
         """A zeroed page pool for one KV head: a NumPy array."""
         return layout.empty_pages(num_pages, page_size)
@@ -175,7 +179,7 @@ class SimulatedCall:
         *,
         grid: Dimensions,
         block: Dimensions,
-        args: Sequence[SimulatedArray | np.generic | None],
+        args: Sequence[Any],
         shared_bytes: int = 0,
     ) -> None:
         device = self._device

@@ -15,12 +15,14 @@ from pathlib import Path
 import click
 import numpy as np
 
-from cumla.backends import BackendUnavailable, get_backend, load_backend
+from cumla.backends import BackendUnavailable, get_backend, use_backend
 from cumla.backends.numpy.parallel import num_threads
 from cumla.checks import ArgumentError
 from cumla.cli.cases import Case, Outcome, Storages, all_cases
 
 _WIDTH = 100
+# Ops that only the numpy backend has so far.
+_WITHOUT_KERNELS = ("sparse_prefill", "mha_varlen", "mha_varlen_backward", "pack/unpack_kv")
 # Of each op's cases, `--quick` runs one in this many, and at least one.
 _QUICK_SHARE = 4
 
@@ -30,7 +32,12 @@ _QUICK_SHARE = 4
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of all random data."
 )
 @click.option("--quick", is_flag=True, help="Run a seeded sample of the checks.")
-def command(seed: int, quick: bool) -> None:
+@click.option(
+    "--backend",
+    type=click.Choice(["numpy", "sim"]),
+    help="Where to run; by default what CUMLA_BACKEND says, else numpy.",
+)
+def command(seed: int, quick: bool, backend: str | None) -> None:
     """Run every op in every format and check the results.
 
     Each result is held against the op's definition in float64, within the tolerances of FlashMLA's
@@ -38,14 +45,25 @@ def command(seed: int, quick: bool) -> None:
     e4m3 step that was used, at most 1). ms is the time of one run, for PagedKVCache of reading
     all sequences back; it is not a benchmark. Exits with 1 if a check fails.
 
+    --backend sim runs the GPU kernels in the simulator, with memory and race checks, on the ops
+    that have kernels.
+
     Example:  cumla smoke --quick
     """
     try:
-        load_backend()
-        threads = num_threads()
+        with use_backend(backend or get_backend()):
+            _smoke(seed, quick)
     except (ArgumentError, BackendUnavailable) as error:
         raise click.ClickException(str(error)) from error
+
+
+def _smoke(seed: int, quick: bool) -> None:
+    threads = num_threads()
     cases = all_cases()
+    left_out: list[str] = []
+    if get_backend() == "sim":
+        left_out = sorted({case.op for case in cases if case.op in _WITHOUT_KERNELS})
+        cases = [case for case in cases if case.op not in _WITHOUT_KERNELS]
     chosen = _sample(cases, seed) if quick else list(range(len(cases)))
     start = time.perf_counter()
     outcomes = _run(cases, chosen, seed)
@@ -57,9 +75,13 @@ def command(seed: int, quick: bool) -> None:
     if not missed:
         verdict = f"All {len(chosen)} checks passed"
     click.echo()
+    if left_out:
+        click.echo(f"Without kernels, not run: {', '.join(left_out)}.")
+    where = f"{threads} thread{'s' if threads > 1 else ''}"
+    if get_backend() == "sim":
+        where = "memory and race checks on"
     click.secho(
-        f"{verdict}{sampled} in {seconds:.1f} s: {get_backend()} backend, {threads} "
-        f"thread{'s' if threads > 1 else ''}, seed {seed}.",
+        f"{verdict}{sampled} in {seconds:.1f} s: {get_backend()} backend, {where}, seed {seed}.",
         fg="red" if missed else "green",
         bold=True,
     )

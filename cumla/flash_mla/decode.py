@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cumla.attention import dense_decode, sparse_decode
+from cumla.attention import dense_decode, plan_decode, sparse_decode, sparse_kv_lengths
 from cumla.attention.arguments import check_flag
 from cumla.backends.arrays import Arrays
 from cumla.checks import bad_type, bad_value, check_int, check_shape
 from cumla.flash_mla.names import check_absent, check_given, speaking_of
 from cumla.layouts import KVLayout, layout_of
-from cumla.schedule import DecodePlan, plan_for_cpu, sparse_kv_lengths
+from cumla.schedule import DecodePlan, plan_for_cpu
 
 Array = NDArray[Any]
 Int32 = NDArray[np.int32]
@@ -54,12 +54,12 @@ class FlashMLASchedMeta:
 
     @property
     def tile_scheduler_metadata(self) -> Int32 | None:
-        """int32 [P, 8], a NumPy array; see `cumla.DecodePlan`. None before the first call."""
+        """int32 [P, 8], see `cumla.DecodePlan`. None before the first call."""
         return self.plan.tile_scheduler_metadata if self.plan else None
 
     @property
     def num_splits(self) -> Int32 | None:
-        """int32 [b + 1], a NumPy array; see `cumla.DecodePlan`. None before the first call."""
+        """int32 [b + 1], see `cumla.DecodePlan`. None before the first call."""
         return self.plan.num_splits if self.plan else None
 
 
@@ -118,7 +118,8 @@ def flash_mla_with_kvcache(
 
     Raises:
         ArgumentError, ArgumentTypeError (ValueError, TypeError): naming the argument. A holder of
-            another kind of call or of other lengths is one. The holder is then as it was.
+            another kind of call or, on the CPU, of other lengths is one. The holder is then as it
+            was. On a GPU nobody looks at the lengths: a stale holder gives wrong results.
         BackendUnavailable: the arrays are on a GPU that cannot be used.
     """
     holder = tile_scheduler_metadata
@@ -157,15 +158,17 @@ def flash_mla_with_kvcache(
     config = _config(arrays, layout, causal)
     if holder.plan is not None:
         _check_config(holder, config)
-        source = "cache_seqlens" if indices is None else "topk_length or extra_topk_length"
-        _check_lengths(holder.plan, source, _kv_lengths(arrays, config))
+        if not arrays.on_gpu:  # where looking at the lengths would wait for the GPU
+            source = "cache_seqlens" if indices is None else "topk_length or extra_topk_length"
+            _check_lengths(holder.plan, source, _kv_lengths(arrays, config))
     run = _dense if indices is None else _sparse
     found, lse = run(arrays, softmax_scale, bool(causal), holder.plan)
     if holder.plan is None:
         # Only now that the op has taken all arguments, and just as it planned for itself.
-        holder.plan = plan_for_cpu(_kv_lengths(arrays, config))
+        holder.plan = _plan(arrays, layout, config)
         holder.config = config
-    return arrays.give_back("out", found), arrays.give_back("lse", lse)
+    with arrays.place():
+        return arrays.give_back("out", found), arrays.give_back("lse", lse)
 
 
 def _dense(
@@ -254,6 +257,20 @@ def _config(arrays: Arrays, layout: KVLayout, causal: bool) -> SchedConfig:
         extra_page_block_size=None if extra_cache is None else extra_cache.shape[1],
         extra_topk=None if extra_selected is None else extra_selected.shape[2],
     )
+
+
+def _plan(arrays: Arrays, layout: KVLayout, config: SchedConfig) -> DecodePlan:
+    """The plan that the op makes for itself if it is given none."""
+    lengths = _kv_lengths(arrays, config)
+    if not arrays.on_gpu:
+        return plan_for_cpu(lengths)
+    backend: Any = arrays.backend  # on a GPU there is no other than KernelBackend
+    with arrays.place():
+        if config.topk is None:
+            parts = backend.dense_num_parts(layout, config.s_q, config.h_q, config.h_k)
+        else:
+            parts = backend.sparse_num_parts(layout, config.s_q, config.h_q)
+        return plan_decode(lengths, num_parts=parts)
 
 
 def _kv_lengths(arrays: Arrays, config: SchedConfig) -> Array:

@@ -38,12 +38,16 @@ class NumpyBackend:
     def result_dtype(self, dtype: DTypeLike) -> np.dtype[Any]:
         return np.dtype(dtype) if self.dtype == np.float32 else self.dtype
 
+    def as_array(self, array: Array) -> Array:
+        return array
+
     def empty_pages(self, layout: KVLayout, num_pages: int, page_size: int) -> Array:
         return layout.empty_pages(num_pages, page_size)
 
     def write_rows(
         self, pages: Array, layout: KVLayout, slots: Array, rows: Array, rule: ScaleRule | None
     ) -> None:
+        rows = np.ascontiguousarray(layouts.as_rows(rows, layout))
         layouts.write_rows(pages, layout, slots, rows[:, None, :], rule)
 
     def read_rows(self, pages: Array, layout: KVLayout, slots: Array) -> Array:

@@ -237,6 +237,7 @@ struct Attention {
     template <class Rows>
     __forceinline__ void store(const Rows& rows, const Destination& to) {
         bool whole = to.whole;
+        __syncthreads();  // the last tile's factors may still be read
         float total = state.total;
 #pragma unroll
         for (int step = Tile::ROW_THREADS / 2; step > 0; step /= 2)

@@ -2,6 +2,21 @@
 //
 // Rows are packed: row s * (h_q / h_kv) + g is query token s, head g of the KV head's group, so that
 // few heads and many tokens fill a tile as well as many heads and one token.
+//
+// Budget: cycles of an SM for 64 KV tokens, by what it spends them on. The largest, *, binds.
+// Rows are h_q / h_kv * s_q; DRAM is the SM's share of it, and keys that several tiles read come
+// from there once. Written by `python -m tools.kernel_report --write budgets`.
+//
+//   keys        GPU       rows  tiles   tensor   shared    issue     DRAM
+//   16-bit rows A100        16   1x16     1088     2024      765    *5507
+//   16-bit rows A100        64   1x64     4352     3904     2293    *5507
+//   16-bit rows A100       128   2x64    *8704     7808     4586     5507
+//   16-bit rows RTX 4090    16   1x16     4352     2024      765   *23594
+//   16-bit rows RTX 4090    64   2x32    17408     5024     2746   *23594
+//   16-bit rows RTX 4090   128   4x32   *34816    10048     5491    23594
+//   16-bit rows H100        16   1x16      877     2024      765    *5317
+//   16-bit rows H100        64   1x64     3510     3904     2293    *5317
+//   16-bit rows H100       128   2x64     7019    *7808     4586     5317
 #pragma once
 
 #include "portable/decode/attend.cuh"

@@ -3,6 +3,39 @@
 // A tile is heads of one query token, as every token has its own selection. Positions count the
 // main pool's indices first, rounded up to blocks of the plan and at least one, then the extra
 // pool's. An index that is negative or beyond its pool selects nothing and is not followed.
+//
+// Budget: cycles of an SM for 64 KV tokens, by what it spends them on. The largest, *, binds.
+// Rows are h_q; DRAM is the SM's share of it, and keys that several tiles read come
+// from there once. Written by `python -m tools.kernel_report --write budgets`.
+//
+//   keys        GPU       rows  tiles   tensor   shared    issue     DRAM
+//   16-bit rows A100        16   1x16     1088     2048      738    *5525
+//   16-bit rows A100        64   1x64     4352     3952     2301    *5525
+//   16-bit rows A100       128   2x64    *8704     7904     4602     5525
+//   16-bit rows RTX 4090    16   1x16     4352     2048      738   *23675
+//   16-bit rows RTX 4090    64   2x32    17408     5120     2672   *23675
+//   16-bit rows RTX 4090   128   4x32   *34816    10240     5344    23675
+//   16-bit rows H100        16   1x16      877     2048      738    *5335
+//   16-bit rows H100        64   1x64     3510     3952     2301    *5335
+//   16-bit rows H100       128   2x64     7019    *7904     4602     5335
+//   V32_FP8     A100        16   1x16     1088     2816     2128    *3231
+//   V32_FP8     A100        64   1x64     4352    *4720     3768     3231
+//   V32_FP8     A100       128   2x64     8704    *9440     7536     3231
+//   V32_FP8     RTX 4090    16   1x16     4352     2816     2128   *13844
+//   V32_FP8     RTX 4090    64   2x32   *17408     6656     5626    13844
+//   V32_FP8     RTX 4090   128   4x32   *34816    13312    11251    13844
+//   V32_FP8     H100        16   1x16      877     2816     2128    *3120
+//   V32_FP8     H100        64   1x64     3510    *4720     3768     3120
+//   V32_FP8     H100       128   2x64     7019    *9440     7536     3120
+//   V4_FP8      A100        16   1x16     1024     2696     2200    *2925
+//   V4_FP8      A100        64   1x64     4096    *4544     3893     2925
+//   V4_FP8      A100       128   2x64     8192    *9088     7786     2925
+//   V4_FP8      RTX 4090    16   1x16     4096     2696     2200   *12534
+//   V4_FP8      RTX 4090    64   2x32   *16384     6432     5914    12534
+//   V4_FP8      RTX 4090   128   4x32   *32768    12864    11827    12534
+//   V4_FP8      H100        16   1x16      826     2696     2200    *2824
+//   V4_FP8      H100        64   1x64     3303    *4544     3893     2824
+//   V4_FP8      H100       128   2x64     6606    *9088     7786     2824
 #pragma once
 
 #include "portable/decode/attend.cuh"
