@@ -49,8 +49,7 @@ def _files(name: str, source: str) -> dict[str, dict[int, str]]:
     for line in source.split("\n"):
         match = _LINE.fullmatch(line.rstrip("\r"))
         if match is None:
-            # A file that comes in several parts keeps its first text of a line.
-            files[file].setdefault(number, line.rstrip())
+            files[file][number] = line.rstrip()
             number += 1
         else:
             file, number = match[2] or file, int(match[1])

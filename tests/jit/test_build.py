@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -16,6 +18,7 @@ from cumla.checks import ArgumentError
 from cumla.jit import build as jit
 from cumla.jit import nvrtc
 from cumla.jit.build import Build, build
+from cumla.jit.cache import Cache
 from cumla.jit.nvrtc import CompileError
 
 from .conftest import EXPRESSION, PATH, SCALARS, Workplace
@@ -167,6 +170,54 @@ def test_without_locks_the_last_drops_its_copy(
     assert len(work.compiled) == 4
     assert [one for one in work.leftovers() if not one.endswith(".lock")] == []
     assert capsys.readouterr().err == ""
+
+
+def test_one_at_a_time_holds_a_lock_though_its_file_goes(work: Workplace) -> None:
+    recipe, disk = work.fresh().recipe, Cache(work.cache)
+    alone, met = threading.Lock(), []
+
+    def often(_: int) -> None:
+        for _ in range(25):
+            with disk.lock(recipe):
+                free = alone.acquire(blocking=False)
+                met.append(free)
+                threading.Event().wait(0.001)  # others come in the meantime
+                if free:
+                    alone.release()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(often, range(4)))
+    assert met == [True] * 100
+    assert work.leftovers() == []
+
+
+def test_a_lock_ends_though_a_child_has_its_descriptor(
+    work: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, disk = work.fresh().recipe, Cache(work.cache)
+    locked = fcntl.flock
+    kept, waiting = [], threading.Event()
+
+    def as_after_a_fork(descriptor: int, operation: int) -> None:
+        if operation == fcntl.LOCK_EX:
+            kept.append(os.dup(descriptor))
+            if len(kept) == 2:
+                waiting.set()
+        locked(descriptor, operation)
+
+    def second() -> None:
+        with disk.lock(recipe):
+            pass
+
+    monkeypatch.setattr("fcntl.flock", as_after_a_fork)
+    thread = threading.Thread(target=second, daemon=True)
+    with disk.lock(recipe):
+        thread.start()
+        assert waiting.wait(30)
+    thread.join(30)
+    assert not thread.is_alive()
+    for one in kept:
+        os.close(one)
 
 
 def test_a_killed_process_leaves_no_lock(work: Workplace) -> None:

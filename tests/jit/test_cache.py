@@ -67,6 +67,15 @@ def truncate(name: str, size: int = -2) -> Callable[[Path], None]:
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:size]) and None
 
 
+def replace(name: str, old: str, new: str) -> Callable[[Path], None]:
+    def do(folder: Path) -> None:
+        text = (folder / name).read_text()
+        assert old in text
+        (folder / name).write_text(text.replace(old, new))
+
+    return do
+
+
 def flip(name: str, place: float) -> Callable[[Path], None]:
     def do(folder: Path) -> None:
         data = bytearray((folder / name).read_bytes())
@@ -158,6 +167,7 @@ DAMAGES = [
     Damage(
         "metadata of another kind", lambda f: (f / "metadata.json").write_text("[]") and None, ""
     ),
+    Damage("other facts", replace("metadata.json", '"registers": ', '"registers": 1'), "changed"),
     Damage("linked file", link_file("kernel.cubin"), "kernel.cubin is a link"),
     Damage("linked folder", link_folder, "is a link or no folder"),
     Damage("a file in its place", into_file, "is a link or no folder"),

@@ -76,6 +76,7 @@ def test_reports_that_are_not_understood() -> None:
     [
         ("sm_80", 256, 32, 0, 8),  # all 64 warps
         ("sm_80", 256, 33, 0, 6),  # 40 registers: 12 warps in each quarter, 48 in all
+        ("sm_80", 32, 80, 0, 24),  # six warps in each quarter
         ("sm_80", 32, 16, 0, 32),  # most blocks
         ("sm_86", 32, 16, 0, 16),
         ("sm_89", 32, 16, 0, 24),

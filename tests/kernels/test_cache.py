@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from numpy.lib.array_utils import byte_bounds
@@ -104,6 +105,14 @@ def rows_of(n: int, d_qk: int, dtype: np.dtype[Any], seed: int) -> Array:
         bits32[odd] = rng.integers(0x7FC00000, 0x80000000, odd.sum()).astype(np.uint32)
         bits32[odd] |= rng.integers(0, 2, odd.sum()).astype(np.uint32) << 31
     return rows
+
+
+def beside_pages(table: Array) -> Array:
+    """A block table as part of a larger array, where page 0 stands in all other entries."""
+    larger = np.zeros((len(table) + 2, table.shape[1] + 3), np.int32)
+    view = larger[1:-1, 1:-2]
+    view[...] = table
+    return view
 
 
 def slots_for(n: int, available: int, dtype: Any, seed: int) -> Array:
@@ -232,8 +241,8 @@ def test_the_lowest_row_wins_whatever_the_order(
         np.testing.assert_array_equal(pages.reshape(16, 576)[:, [0, 575]].T, [wanted] * 2)
 
 
-def test_bytes_that_a_table_of_all_rows_one_slot_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All rows on one path of the table, which goes on from its last entry to its first."""
+def test_all_rows_begin_at_the_last_entry_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their common path goes on from there to the first entry."""
     monkeypatch.setattr(cache, "_SCAN_ROWS", 8)
     # With 32 entries the hash is the upper five bits: these all begin at the last entry.
     slots = [one for one in range(4096) if (one * 0x9E3779B1 & 0xFFFFFFFF) >> 27 == 31][:14]
@@ -259,8 +268,6 @@ def test_rows_may_be_one_row_many_times() -> None:
 
 
 def test_views_of_fp8_bytes() -> None:
-    import ml_dtypes
-
     rows = rows_of(6, 512, BF16, 4)
     wanted = layouts.V4_FP8.empty_pages(2, 4)
     layouts.write_rows(wanted, V4_FP8, np.arange(6), rows[:, None], "v4")
@@ -450,7 +457,7 @@ def test_gather_sequences(case: Sequences) -> None:
     table = rng.integers(0, num_pages, (batch, case.max_blocks)).astype(np.int32)
     bad = np.array([-1, num_pages, ABSURD_ID, -(2**31)], np.int32)
     table = np.where(rng.random(table.shape) < 0.15, rng.choice(bad, table.shape), table)
-    table = scattered(table, 3)
+    table = beside_pages(table)
     bounds = case.first + np.cumsum([0, *case.lengths])
     cu_seqlens = scattered(bounds.astype(np.int32)[:, None], 2)[:, 0]
     starts = rng.integers(-2, case.page_size * 2, batch).astype(np.int32) if case.starts else None
@@ -506,7 +513,7 @@ def test_token_slots(case: Positions) -> None:
     strange = rng.random(case.shape) < 0.3
     positions = np.where(strange, rng.choice(odd, case.shape), positions)
     table = rng.integers(-2, num_pages + 2, (case.shape[0], case.max_blocks)).astype(np.int32)
-    table = scattered(table, 5)
+    table = beside_pages(table)
     given = scattered(positions, 2 if case.misaligned else 128)
     if case.transposed:
         given = scattered(positions.transpose(2, 0, 1)).transpose(1, 2, 0)
@@ -531,6 +538,16 @@ def test_token_slots(case: Positions) -> None:
     inside = np.zeros(len(result), bool)
     np.lib.stride_tricks.as_strided(inside, (*slots.shape, 4), (*slots.strides, 1))[...] = True
     np.testing.assert_array_equal(result[~inside], memory_of(slots)[~inside])
+
+
+def test_a_negative_position_is_no_large_one() -> None:
+    """-1 as an unsigned number is a token of block 3."""
+    positions = np.array([[[-1, 5, -(2**31), (1 << 30) + 1]]], np.int32)
+    table = np.array([[0, 0, 0, 0, 0]], np.int32)
+    slots = np.empty_like(positions)
+    with SimulatedDevice().call() as call:
+        cache.token_slots(call, positions, table, 1, 1 << 30, slots)
+    np.testing.assert_array_equal(slots, [[[-1, 5, -1, 1]]])
 
 
 # ------------------------------------------------------------------------------------------ copy
