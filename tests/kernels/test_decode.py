@@ -309,9 +309,33 @@ def test_large_scales_take_the_long_way() -> None:
     assert_close("out", out, want_out, SPARSE_OUT, dtype=out.dtype)
 
 
-def test_logits_far_apart() -> None:
-    """The running maximum moves by much, late and more than once: O is rescaled."""
-    case = dense.Case(310, (200,), h_q=16, page_size=64)
+@pytest.mark.parametrize("layout", ["BF16", "V32_FP8"])
+def test_rows_of_q_and_out_may_begin_anywhere(layout: str) -> None:
+    """At 2 bytes beside a multiple of 16, in a tile that is not full."""
+    given = sparse.make(sparse.Case(5, layout, sparse.Pool(200, 61, 70, "bs"), h_q=9))
+
+    def beside(array: Array) -> Array:
+        buffer = np.empty((*array.shape[:-1], array.shape[-1] + 1), array.dtype)
+        shifted: Array = poison(buffer)[..., 1:]
+        shifted[...] = array
+        return shifted
+
+    out = beside(poison(np.empty((*given.q.shape[:3], 512), given.q.dtype)))
+    with on(SimulatedDevice("sm_80")):
+        _, lse = replace(given, q=beside(given.q)).run(out=out)
+    with oracle():
+        want_out, want_lse = given.run()
+    assert_close("lse", lse, want_lse, LSE_DECODE, dtype=np.float32)
+    assert_close("out", np.array(out), want_out, SPARSE_OUT, dtype=out.dtype)
+
+
+@pytest.mark.parametrize("h_q", [16, 33, 65])
+def test_logits_far_apart(h_q: int) -> None:
+    """The running maximum moves by much, late and more than once: O is rescaled.
+
+    With tiles whose last matrices of rows are missing, too.
+    """
+    case = dense.Case(310, (200,), h_q=h_q, page_size=64)
     given = dense.make(case)
     cache = given.kv_cache
     for token in (40, 90, 195):  # the last tile is one of them

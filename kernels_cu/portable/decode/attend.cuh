@@ -90,12 +90,14 @@ struct Attention {
 #pragma unroll 1
             for (int r = at.warp; r < AT_ONCE; r += Tile::WARPS) {
                 bool exists = rows.exists(first + r);
-                const T* q = exists ? rows.query(first + r) : rows.arrays.q;
+                const T* q = exists ? rows.query(first + r) : nullptr;
 #pragma unroll 1
                 for (int chunk = at.lane; chunk < CHUNKS; chunk += 32) {
                     u32 place = buffer + Tile::key_offset(r, chunk);
-                    if (rows.arrays.q_aligned || !exists)
-                        copy_async_16<0>(place, exists ? q + chunk * 8 : q, exists ? 16 : 0);
+                    if (!exists)
+                        store_shared(place, Vec16{0, 0, 0, 0});
+                    else if (rows.arrays.q_aligned)
+                        copy_async_16<0>(place, q + chunk * 8, 16);
                     else
                         store_shared(place, gather_16(q + chunk * 8));
                 }
@@ -194,6 +196,8 @@ struct Attention {
                              float scale_log2) {
         output.clear();
         state = {-infinity(), 0};
+        // Rows that do not exist have no softmax, but a factor is read for them, too.
+        if (at.sub == 0) store_shared<Tile::FACTOR>(at.shared + 4 * at.row, 1.0f);
         Stages<Tile, Source> stages(source, at, begin);
         // A stage of 16-bit rows is free again one barrier after the tile's last step, one of FP8
         // rows when they are decoded.
