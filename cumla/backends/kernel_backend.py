@@ -22,6 +22,7 @@ from cumla.backends.problems import (
     SparsePrefill,
     TokenPool,
 )
+from cumla.checks import bad_value
 from cumla.fp8 import ScaleRule
 from cumla.kernels import cache, combine, decode, merge, schedule
 from cumla.kernels.device import Call, DeviceArray
@@ -119,6 +120,7 @@ class KernelBackend:
     def dense_decode(self, problem: DenseDecode) -> None:
         _, s_q, h_q, _ = problem.q.shape
         h_kv = problem.kv_cache.shape[2]
+        _check_base("kv_cache", problem.kv_cache)
         with self.device.call(stream=problem.stream, workspace=problem.workspace) as call:
             seqlens = call.read(problem.cache_seqlens)
             if problem.plan is None:
@@ -152,6 +154,9 @@ class KernelBackend:
     def sparse_decode(self, problem: SparseDecode) -> None:
         _, s_q, h_q, _ = problem.q.shape
         layout = problem.main.layout
+        _check_base("kv_cache", problem.main.pages)
+        if problem.extra is not None:
+            _check_base("extra_kv_cache", problem.extra.pages)
         with self.device.call(stream=problem.stream, workspace=problem.workspace) as call:
             main = _selection(call, problem.main)
             extra = None if problem.extra is None else _selection(call, problem.extra)
@@ -202,6 +207,18 @@ class KernelBackend:
         raise BackendUnavailable(
             f"{op}: backend {self.name!r} has no kernels for it yet. Pass NumPy arrays, and let "
             "them run on the 'numpy' backend."
+        )
+
+
+def _check_base(argument: str, pages: Array) -> None:
+    """Raise unless a pool on the host begins where 16-byte accesses may."""
+    # Of a pool on a GPU the rooms above have looked.
+    if isinstance(pages, np.ndarray) and pages.__array_interface__["data"][0] % 16:
+        raise bad_value(
+            argument,
+            "a pool whose address is no multiple of 16",
+            "kernels read its rows in pieces of 16 bytes",
+            "Copy the pages into layout.empty_pages(...).",
         )
 
 

@@ -148,11 +148,13 @@ class SimulatedCall:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is None:
-            for array, copy in self._results:
-                array[...] = copy.get()
-        for memory in self._memory:
-            memory.free()
+        try:
+            if error is None:
+                for array, copy in self._results:
+                    array[...] = copy.get()
+        finally:
+            for memory in self._memory:
+                memory.free()
 
     def read(self, array: Array) -> SimulatedArray:
         key = (array.__array_interface__["data"][0], array.shape, array.strides, array.dtype)

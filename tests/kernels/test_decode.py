@@ -26,7 +26,10 @@ import cumla
 from cumla import backends
 from cumla.backends import oracle
 from cumla.backends.kernel_backend import KernelBackend
+from cumla.backends.problems import DenseDecode
 from cumla.backends.simulated import SimulatedDevice
+from cumla.kernels import decode
+from cumla.layouts import BF16
 
 Array = NDArray[Any]
 TARGETS = ("sm_80", "sm_89", "sm_90a", "sm_120")
@@ -75,6 +78,7 @@ PLANS: tuple[tuple[tuple[str, int], ...], ...] = (
     (("num_parts", 7),),
     (("split_blocks", 2),),
     (("split_blocks", 1), ("block_size", 16)),
+    (("num_parts", 3), ("block_size", 61), ("overhead", 0)),
 )
 
 
@@ -351,3 +355,55 @@ def test_logits_far_apart(h_q: int) -> None:
             want_out, want_lse = given.run()
         assert_close("lse", lse, want_lse, LSE_DECODE, dtype=np.float32)
         assert_close("out", out, want_out, DENSE_OUT, dtype=out.dtype)
+
+
+# ------------------------------------------------------------------------------------- bounds
+
+
+def test_divisors_divide() -> None:
+    for value in [*range(1, 70), 256, 576, 2**20 - 1, 2**20 + 1, 2**31 - 1]:
+        divisor, multiplier, shift = (int(one) for one in decode._divisor(value))
+        assert divisor == value
+        assert multiplier < 2**32
+        for n in (0, 1, value - 1, value, 7 * value - 1, 7 * value, 2**31 - value, 2**31 - 1):
+            if 0 <= n < 2**31:
+                assert n * multiplier >> shift == n // value, (n, value)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_lengths_out_of_range_count_as_the_nearest(causal: bool) -> None:
+    """As nobody looks at them on a GPU: here the checks of `cumla.dense_decode` are gone around."""
+    given = dense.make(dense.Case(1, (128, 128, 128), h_q=9, s_q=2, causal=causal))
+    table = given.block_table[:, :2].copy()
+    out, lse = np.zeros((3, 2, 9, 512), given.q.dtype), np.zeros((3, 9, 2), np.float32)
+    problem = DenseDecode(
+        q=given.q,
+        kv_cache=given.kv_cache,
+        block_table=table,
+        cache_seqlens=np.array([1000, -5, 2**31 - 1], np.int32),
+        layout=BF16,
+        softmax_scale=576**-0.5,
+        causal=causal,
+        plan=None,
+        out=out,
+        lse=lse,
+    )
+    KernelBackend("sim", SimulatedDevice("sm_90a")).dense_decode(problem)
+    with oracle():
+        near = np.array([128, 0, 128], np.int32)
+        want_out, want_lse = replace(given, block_table=table, cache_seqlens=near).run()
+    assert_close("lse", lse, want_lse, LSE_DECODE, dtype=np.float32)
+    assert_close("out", out, want_out, DENSE_OUT, dtype=given.q.dtype)
+
+
+def test_a_pool_at_an_odd_address_is_refused() -> None:
+    given = sparse.simple("BF16")
+    buffer = np.empty(given.kv_cache.size + 1, given.kv_cache.dtype)
+    begin = 1 if buffer.ctypes.data % 16 == 0 else 0
+    pages = buffer[begin : begin + given.kv_cache.size].reshape(given.kv_cache.shape)
+    assert pages.ctypes.data % 16
+    with (
+        on(SimulatedDevice("sm_80")),
+        pytest.raises(cumla.ArgumentError, match=r"^kv_cache: .*multiple of 16"),
+    ):
+        replace(given, kv_cache=pages).run()

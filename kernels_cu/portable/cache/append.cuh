@@ -1,7 +1,7 @@
 // Rows of numbers into the slots of a page pool, rounded or FP8-encoded on the way.
 //
-// A warp takes a row. For FP8 a lane encodes 16 neighbouring numbers: two 16-byte loads, one 16-byte
-// store, and few shuffles to find the largest magnitude of a tile.
+// A warp takes a row. For FP8 a lane encodes 16 neighbouring numbers: two 16-byte loads, one
+// 16-byte store, and few shuffles to find the largest magnitude of a tile.
 //
 // Budget: cycles of an SM for 64 rows of bf16 numbers, by what it spends them on. The
 // largest, *, binds; DRAM is the SM's share of it. Rows of FP16 pools cost the same as BF16's.
@@ -105,8 +105,8 @@ __forceinline__ void store_fp8_row(const Place& to, const Source* row, u32 lane)
     }
 }
 
-// Row i goes to slots[i]; nowhere, if that is no slot of the pool. Of several rows with one slot the
-// lowest goes there.
+// Row i goes to slots[i]; nowhere, if that is no slot of the pool. Of several rows with one slot
+// the lowest goes there.
 template <class Rows, class Source, ScaleRule RULE>
 __global__ void __launch_bounds__(CACHE_WARPS * 32) append_rows(
     u8* pages,  // [num_pages, page_size, row] at multiples of 16 bytes

@@ -106,8 +106,8 @@ inline u32 count_at_most(const i32* values, i64 step, u32 count, i64 bound, u32 
 }
 
 // Row t is token t - cu_seqlens[i] + seq_starts[i] of the request i with cu_seqlens[i] <= t <
-// cu_seqlens[i + 1]. Zeros, if its place in the table, or the page there, does not exist. Rows of no
-// request stay as they are.
+// cu_seqlens[i + 1]. Zeros, if its place in the table, or the page there, does not exist. Rows of
+// no request stay as they are.
 template <class Rows>
 __global__ void __launch_bounds__(CACHE_WARPS * 32) gather_sequences(
     u8* pages,  // [num_pages, page_size, row] at multiples of 16 bytes

@@ -1,12 +1,12 @@
 // Which row owns a slot that several rows name: the lowest, whatever order blocks run in.
 //
-// Few rows: a row's warp looks through the slots of all rows before it; with 1,024 rows these are at
-// most 32 a lane, from cache, which costs less than another launch. Many rows would make that n**2:
-// then two launches build a hash table of at least 2 n entries, which needs no more memory for a
-// larger pool (16 to 32 bytes a row) and whose size follows from n alone. An entry is
+// Few rows: a row's warp looks through the slots of all rows before it. With 1,024 rows these are
+// at most 32 a lane, from cache, which costs less than another launch. Many rows would make that
+// n**2: then two launches build a hash table of at least 2 n entries, which needs no more memory
+// for a larger pool (16 to 32 bytes a row) and whose size follows from n alone. An entry is
 // slot << 32 | row. A row claims the first free entry on its slot's path by compare-and-swap, or
-// lowers the row of the entry that has its slot by an atomic minimum. Which entry a slot gets depends
-// on the order of the blocks; the row in it does not.
+// lowers the row of the entry that has its slot by an atomic minimum. Which entry a slot gets
+// depends on the order of the blocks; the row in it does not.
 #pragma once
 
 #include "portable/cache/pool.cuh"
