@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import re
+import struct
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -140,7 +141,7 @@ def _compile(
         return Compiled(
             "" if expression is None else nvrtc.getLoweredName(program, expression),
             _text(nvrtc.getPTX(program)),
-            nvrtc.getCUBIN(program) if architecture.startswith("sm_") else None,
+            _whole_elf(nvrtc.getCUBIN(program)) if architecture.startswith("sm_") else None,
             _text(nvrtc.getProgramLog(program)),
             given,
             seconds,
@@ -170,6 +171,18 @@ def _architecture(target: str) -> str:
             "Pass one of these; from sm_90 on with a suffix 'a' too, from sm_100 on with 'f'.",
         )
     return match[1] + match[2]
+
+
+def _whole_elf(cubin: bytes) -> bytes:
+    """The cubin with its last byte, which CuPy takes for a string's end and strips.
+
+    A section table ends the file: ELF-64's e_shoff at 40, e_shentsize at 58, e_shnum at 60. So may
+    the program headers: e_phoff at 32, e_phentsize at 54, e_phnum at 56.
+    """
+    programs, sections = struct.unpack_from("<QQ", cubin, 32)
+    program_size, programs_n, section_size, sections_n = struct.unpack_from("<4H", cubin, 54)
+    end = max(programs + program_size * programs_n, sections + section_size * sections_n)
+    return cubin + b"\0" if len(cubin) == end - 1 else cubin
 
 
 def _text(value: str | bytes) -> str:

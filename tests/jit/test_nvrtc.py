@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import pickle
 import re
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -229,3 +230,16 @@ def test_cupy_is_imported_at_the_first_call_only() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert ran.stdout == "[]\n"
+
+
+def test_a_cubin_is_a_whole_elf_file() -> None:
+    """Its headers say where the last of its tables ends; CuPy's binding strips one byte."""
+    source = "template <int N> __global__ void fill(float* x) { x[threadIdx.x] = N; }"
+    built = nvrtc.compile_kernel(source, "fill.cu", "fill<3>", "sm_90a", [], cubin=True)
+    cubin = built.cubin
+    assert cubin is not None
+    assert cubin[:4] == b"\x7fELF"
+    programs, sections = struct.unpack_from("<QQ", cubin, 32)
+    program_size, programs_n, section_size, sections_n = struct.unpack_from("<4H", cubin, 54)
+    ends = (programs + program_size * programs_n, sections + section_size * sections_n)
+    assert max(ends) == len(cubin)
