@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from cumla.attention.plan import decode_workspace_bytes
+from cumla.backends import Backend
 from cumla.backends.arrays import Arrays, is_cupy, shares_memory
 from cumla.checks import (
     bad_type,
@@ -18,6 +19,7 @@ from cumla.checks import (
     check_shape,
 )
 from cumla.fp8 import BF16
+from cumla.kernels.device import address_of
 from cumla.schedule import DecodePlan
 
 Array = NDArray[Any]
@@ -97,17 +99,18 @@ def check_heads(h_q: int, h_kv: int) -> None:
         )
 
 
-def check_pages_base(argument: str, pages: Array) -> None:
-    """Raise if pages on a GPU begin where 16 bytes cannot be read at once."""
-    if is_cupy(pages):
-        memory: Any = pages.data
-        if memory.ptr % _PAGES_ALIGNMENT:
-            raise bad_value(
-                argument,
-                f"pages at address {memory.ptr:#x}",
-                f"it must be a multiple of {_PAGES_ALIGNMENT}",
-                "Slice a buffer at such a multiple, or copy the pages.",
-            )
+def check_pages_base(argument: str, pages: Array, backend: Backend) -> None:
+    """Raise if kernels are to run over pages that begin where they cannot read 16 bytes at once."""
+    if backend.name == "numpy" and not is_cupy(pages):
+        return
+    address = address_of(pages)
+    if address % _PAGES_ALIGNMENT:
+        raise bad_value(
+            argument,
+            f"pages at address {address:#x}",
+            f"it must be a multiple of {_PAGES_ALIGNMENT}",
+            "Slice a buffer at such a multiple, or copy the pages.",
+        )
 
 
 def check_flag(argument: str, value: Any) -> None:

@@ -97,7 +97,7 @@ def dense_decode(
             "Use cumla.sparse_decode for FP8 caches, or decode them with cumla.unpack_kv.",
         )
     cache = check_pages("kv_cache", cache, layout, h_kv=cache.shape[2])
-    check_pages_base("kv_cache", cache)
+    check_pages_base("kv_cache", cache, arrays.backend)
     check_half("q", queries, ("b", "s_q", "h_q", layout.d_qk), layout.compute_dtype)
     batch, s_q, h_q, _ = queries.shape
     check_heads(h_q, cache.shape[2])

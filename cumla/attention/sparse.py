@@ -159,7 +159,7 @@ def _check_plan(plan: Any, main: TokenPool, extra: TokenPool | None) -> None:
 def _pool(arrays: Arrays, prefix: str, layout: KVLayout, batch: int, s_q: int) -> TokenPool:
     """The main pool (prefix "") or the extra one (prefix "extra_"), checked."""
     pages = check_pages(prefix + "kv_cache", arrays[prefix + "kv_cache"], layout)
-    check_pages_base(prefix + "kv_cache", pages)
+    check_pages_base(prefix + "kv_cache", pages, arrays.backend)
     indices = arrays[prefix + "indices"]
     check_indices(prefix + "indices", indices, (batch, s_q, prefix + "topk"))
     lengths = arrays.optional(prefix + "topk_length")

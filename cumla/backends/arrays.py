@@ -86,9 +86,9 @@ def _check_one_device(devices: Mapping[str, Device]) -> Device:
     )
 
 
-def _extent(array: Any) -> tuple[int, int]:
-    """The addresses of a CuPy array's first byte and of the byte behind its last."""
-    low = high = array.data.ptr
+def span_of(array: Any) -> tuple[int, int]:
+    """A CuPy array's first byte and the one behind its last, counted from its address."""
+    low = high = 0
     if not array.size:
         return low, high
     for size, step in zip(array.shape, array.strides, strict=True):
@@ -118,9 +118,9 @@ def shares_memory(one: Any, other: Any) -> bool:
     """
     if isinstance(one, np.ndarray):
         return np.shares_memory(one, other)
-    low, high = _extent(one)
-    other_low, other_high = _extent(other)
-    if low >= other_high or other_low >= high:
+    (low, high), (other_low, other_high) = span_of(one), span_of(other)
+    apart = other.data.ptr - one.data.ptr
+    if low >= apart + other_high or apart + other_low >= high:
         return False
     return np.shares_memory(_addresses(one), _addresses(other))
 

@@ -22,19 +22,17 @@ from cumla.backends.problems import (
     SparsePrefill,
     TokenPool,
 )
-from cumla.checks import bad_value
 from cumla.fp8 import ScaleRule
 from cumla.kernels import cache, combine, decode, merge, schedule
 from cumla.kernels.device import Call, DeviceArray
 from cumla.layouts import KVLayout
-from cumla.schedule import DecodePlan
+from cumla.schedule import METADATA_FIELDS, DecodePlan
 
 Array = NDArray[Any]
 
 # Of the plans that the backend makes: KV tokens in a block, and what a piece costs beside its own.
 _BLOCK_SIZE = 64
 _OVERHEAD = 5
-_INT32_MAX = np.iinfo(np.int32).max
 
 
 class Device(Protocol):
@@ -120,13 +118,12 @@ class KernelBackend:
     def dense_decode(self, problem: DenseDecode) -> None:
         _, s_q, h_q, _ = problem.q.shape
         h_kv = problem.kv_cache.shape[2]
-        _check_base("kv_cache", problem.kv_cache)
         with self.device.call(stream=problem.stream, workspace=problem.workspace) as call:
             seqlens = call.read(problem.cache_seqlens)
             if problem.plan is None:
                 num_parts = decode.dense_num_parts(call, problem.layout, s_q, h_q, h_kv)
-                room = problem.block_table.shape[1] * problem.kv_cache.shape[1]
-                lengths = {"kv_lens": seqlens, "max_length": min(room, _INT32_MAX)}
+                room = decode.dense_room(problem.block_table.shape[1], problem.kv_cache.shape[1])
+                lengths = {"kv_lens": seqlens, "max_length": room}
                 plan = _new_plan(call, problem.out.shape, num_parts, lengths)
             else:
                 plan = _given_plan(call, problem.out.shape, problem.plan)
@@ -154,9 +151,6 @@ class KernelBackend:
     def sparse_decode(self, problem: SparseDecode) -> None:
         _, s_q, h_q, _ = problem.q.shape
         layout = problem.main.layout
-        _check_base("kv_cache", problem.main.pages)
-        if problem.extra is not None:
-            _check_base("extra_kv_cache", problem.extra.pages)
         with self.device.call(stream=problem.stream, workspace=problem.workspace) as call:
             main = _selection(call, problem.main)
             extra = None if problem.extra is None else _selection(call, problem.extra)
@@ -210,18 +204,6 @@ class KernelBackend:
         )
 
 
-def _check_base(argument: str, pages: Array) -> None:
-    """Raise unless a pool on the host begins where 16-byte accesses may."""
-    # Of a pool on a GPU the rooms above have looked.
-    if isinstance(pages, np.ndarray) and pages.__array_interface__["data"][0] % 16:
-        raise bad_value(
-            argument,
-            "a pool whose address is no multiple of 16",
-            "kernels read its rows in pieces of 16 bytes",
-            "Copy the pages into layout.empty_pages(...).",
-        )
-
-
 def _new_plan(
     call: Call, out_shape: tuple[int, ...], num_parts: int, lengths: dict[str, Any]
 ) -> _Plan:
@@ -233,7 +215,7 @@ def _new_plan(
     """
     batch = out_shape[0]
     kv_lens = call.empty((batch,), np.int32)
-    metadata = call.empty((num_parts, 8), np.int32)
+    metadata = call.empty((num_parts, len(METADATA_FIELDS)), np.int32)
     num_splits = call.empty((batch + 1,), np.int32)
     schedule.plan_decode(
         call,

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from cumla import backends
+from cumla.backends.arrays import span_of
 from cumla.backends.streams import current
 from cumla.schedule import DecodePlan
 
@@ -263,16 +264,3 @@ def _record(
         launches,
         weakref.ref(plan) if plan is not None and made_on_host else None,
     )
-
-
-def span_of(array: Any) -> tuple[int, int]:
-    """A CuPy array's first byte and the one behind its last, counted from its address."""
-    low = high = 0
-    if not array.size:
-        return low, high
-    for size, step in zip(array.shape, array.strides, strict=True):
-        if step < 0:
-            low += (size - 1) * step
-        else:
-            high += (size - 1) * step
-    return low, high + array.itemsize

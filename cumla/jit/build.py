@@ -174,7 +174,7 @@ def build(path: str, expression: str, target: str) -> Build:
 
     Args:
         path: the file that defines it, relative to kernels_cu: "portable/decode/sparse.cuh".
-        expression: its C++ name with template arguments: "cumla::attend<16, 4>".
+        expression: its C++ name with template arguments: "cumla::decode_dense<...>".
         target: the architecture: "sm_90a".
     """
     key = (path, expression, target)

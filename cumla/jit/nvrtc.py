@@ -112,7 +112,7 @@ def compile_kernel(
     """Compile one kernel: to PTX, and to a cubin, too, if that is wanted. The PTX is the same.
 
     Args:
-        expression: the kernel's C++ name with its template arguments, "cumla::attend<16, 4>".
+        expression: the kernel's C++ name with its template arguments, "cumla::decode_dense<...>".
         source, name, target, options: as for `compile_to_ptx`.
 
     Raises:

@@ -1,6 +1,6 @@
 """The attention kernels of a decode step, dense and sparse: kernels_cu/portable/decode.
 
-`tile_for` is the table of tiles; the sum of their shared memory is `shared_bytes`.
+`tile_for` is the table of tiles; `Tile.shared_bytes` is what one needs of shared memory.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from cumla.kernels.device import Call, DeviceArray, Program
+from cumla.kernels.device import Call, DeviceArray, Program, address_of
 from cumla.kernels.formats import row_type
 from cumla.layouts import LAYOUTS, KVLayout
 
@@ -111,6 +111,11 @@ def _num_parts(call: Call, tile: Tile, rows: int, columns: int) -> int:
     return max(blocks // (columns * -(-rows // tile.rows)), 1)
 
 
+def dense_room(max_blocks: int, page_size: int) -> int:
+    """The most tokens that a request can have: those of a row of its block table, in int32."""
+    return min(max_blocks * page_size, int(np.iinfo(np.int32).max))
+
+
 @dataclass(frozen=True)
 class Selection:
     """A page pool and the tokens of it that each query selects."""
@@ -142,8 +147,7 @@ def alignment(q: Any, out: Any) -> int:
 
 def _aligned(array: Any, alignment: int) -> bool:
     """Whether the rows (last dimension) of `array` all begin at a multiple of `alignment` bytes."""
-    on_host = isinstance(array, np.ndarray)
-    bits = array.__array_interface__["data"][0] if on_host else array.data.ptr
+    bits = address_of(array)
     for size, step in zip(array.shape[:-1], array.strides[:-1], strict=True):
         if size > 1:
             bits |= step
@@ -255,7 +259,6 @@ def _dense_launch(
     group = h_q // h_kv
     tile = tile_for(layout, s_q * group, shared_bytes)
     tiles = -(-s_q * group // tile.rows)
-    room = min(max_blocks * page_size, np.iinfo(np.int32).max)
     q_steps, out_steps, lse_steps = _row_steps(row_strides)
     counts = (batch, s_q, h_q, h_kv, tiles)
     return _Launch(
@@ -269,7 +272,7 @@ def _dense_launch(
             (*map(np.uint32, counts), *_divisor(group)[1:]),
             (*map(np.int64, kv_strides[:3]), np.uint32(num_pages), *_divisor(page_size)),
             (np.int64(table_strides[0] // 4),),
-            (np.int64(seqlens_strides[0] // 4), np.uint32(room)),
+            (np.int64(seqlens_strides[0] // 4), np.uint32(dense_room(max_blocks, page_size))),
             (np.uint32(block_size), np.uint32(causal), np.float32(softmax_scale * _LOG2_E)),
         ),
     )

@@ -29,9 +29,16 @@ class Program:
     """A kernel of one file under kernels_cu, with its template arguments."""
 
     path: str
-    """The file that defines it, relative to kernels_cu: "portable/decode/attend.cuh"."""
+    """The file that defines it, relative to kernels_cu: "portable/decode/dense.cuh"."""
     expression: str
-    """The C++ name of the instantiation: "cumla::attend<16, 4>"."""
+    """The C++ name of the instantiation: "cumla::decode_dense<...>"."""
+
+
+def address_of(array: Any) -> int:
+    """The address of the first element of a NumPy or CuPy array."""
+    if isinstance(array, np.ndarray):
+        return int(array.__array_interface__["data"][0])
+    return int(array.data.ptr)
 
 
 class DeviceArray(Protocol):

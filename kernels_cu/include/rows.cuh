@@ -29,7 +29,6 @@ struct Fp8Rows {
     static constexpr int D_NOPE = D_NOPE_;
     static constexpr int D_ROPE = D_QK - D_NOPE;
     static constexpr int TILE = TILE_;
-    static constexpr int NUM_SCALES = D_NOPE / TILE;
     static constexpr int ROW_BYTES = ROW_BYTES_;  // from one row of a page to the next
     static constexpr int ROPE_OFFSET = ROPE_OFFSET_;
     static constexpr int SCALE_BYTES = SCALE_BYTES_;
