@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from cumla.sim.wave import Wave
 
 WARP = 32
+RANK_SHIFT = 24  # bits of a shared address below the rank of its block in the cluster
+_FIRST_WINDOW = np.zeros(1, np.int64)
 Array = NDArray[Any]
 
 
@@ -54,13 +56,20 @@ class Cohort:
         return self.gids // self.wave.lanes_per_block
 
     @cached_property
+    def shared_window(self) -> Array:
+        """[n] or [1] int64: where each lane's own shared memory begins among its addresses."""
+        if self.wave.cluster_size == 1:
+            return _FIRST_WINDOW
+        return (self.slots % self.wave.cluster_size) << RANK_SHIFT
+
+    @cached_property
     def lanes(self) -> Array:
         """[n] uint32: each lane's number in its warp."""
         return (self.gids & (WARP - 1)).astype(np.uint32)
 
     @cached_property
     def shared_base(self) -> Array:
-        """[n] int64: where each lane's block begins in the wave's shared memory."""
+        """[n] int64: where in the wave's shared memory each lane's block has its address 0."""
         return self.slots * self.wave.shared_stride
 
     @cached_property

@@ -86,13 +86,12 @@ class _Arrival:
 
     Attributes:
         offsets: [n] of the barriers, in the wave's shared memory.
-        arrive: what then happens, given a cohort and `address`.
-        keys: the race detector's names of the phases, given a cohort and `address`.
+        arrive: what then happens, given a cohort and `offsets`.
+        keys: the race detector's names of the phases, given a cohort and `offsets`.
     """
 
     gids: Array
     offsets: Array
-    address: Array
     arrive: Callable[[Cohort, Array], None]
     keys: Callable[[Cohort, Array], Array]
     number: int
@@ -163,14 +162,13 @@ class Copies:
     def arrive(
         self,
         c: Cohort,
-        address: Array,
+        offsets: Array,
         arrive: Callable[[Cohort, Array], None],
         keys: Callable[[Cohort, Array], Array],
     ) -> None:
-        """The lanes arrive on mbarriers once all that they have copied so far has landed."""
+        """The lanes arrive on mbarriers, at these offsets, once all that they copied has landed."""
         self._issued += 1
-        offsets = c.full(c.shared_base + address)
-        arrival = _Arrival(c.gids, offsets, address, arrive, keys, self._issued)
+        arrival = _Arrival(c.gids, offsets, arrive, keys, self._issued)
         if self.delivery == "eager" or (self.delivery == "random" and self.wave.rng.random() < 0.5):
             self._complete(arrival)
         else:
@@ -230,7 +228,7 @@ class Copies:
         c = Cohort(self.wave, arrival.gids, [])
         keys = None
         if self.wave.race is not None:
-            keys = c.full(arrival.keys(c, arrival.address))
+            keys = c.full(arrival.keys(c, arrival.offsets))
         self._member[c.gids] = True
         for bucket in self._near(c.gids):
             kept = []
@@ -255,4 +253,4 @@ class Copies:
                 kept = [copy for copy in kept if not copy.tracked or copy.number >= oldest]
             bucket[:] = kept
         self._member[c.gids] = False
-        arrival.arrive(c, arrival.address)
+        arrival.arrive(c, arrival.offsets)

@@ -19,7 +19,6 @@ the current phase, counted from 0.
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -28,8 +27,10 @@ from numpy.typing import NDArray
 from cumla.sim.cohort import Cohort
 from cumla.sim.errors import KernelTrap, MemoryFault
 from cumla.sim.isa.table import Env
-from cumla.sim.memory.access import reader, writer
-from cumla.sim.memory.spaces import SHARED_WINDOW
+from cumla.sim.memory.arena import WRITTEN
+from cumla.sim.memory.faults import Access
+from cumla.sim.memory.shared import address_of, offsets
+from cumla.sim.memory.spaces import CLUSTER, SHARED_WINDOW, in_window
 from cumla.sim.ptx.syntax import Instruction
 
 Array = NDArray[Any]
@@ -42,6 +43,7 @@ TX_MASK, TX_SIGN = (1 << 21) - 1, 1 << 20
 PARITY_SHIFT = 61
 MARK_SHIFT, MARK = 62, 0b10
 WORD = np.dtype(np.uint64)
+WRITTEN_WORD = WRITTEN * int.from_bytes(b"\x01" * 8, "little")
 
 
 def phase_key(offset: Array, phase: Array) -> Array:
@@ -50,24 +52,30 @@ def phase_key(offset: Array, phase: Array) -> Array:
 
 
 class Words:
-    """The way of one instruction to mbarriers."""
+    """The way of one instruction to mbarriers.
 
-    def __init__(self, ins: Instruction, env: Env, generic: bool) -> None:
+    Args:
+        space: "shared", "shared::cluster" or "generic".
+    """
+
+    def __init__(self, ins: Instruction, env: Env, space: str) -> None:
         self.ins = ins
+        self.check_memory = env.check_memory
         self.check_race = env.check_race
-        self.generic = generic
-        self.read = reader(ins, env, "shared", WORD, hooks=False)
-        self.write = writer(ins, env, "shared", WORD, hooks=False)
+        self.generic = space == "generic"
+        window = SHARED_WINDOW if self.generic else 0
+        space = CLUSTER if self.generic else space
+        self.access = Access(ins, space, 8, "atomic", env.check_memory, window)
 
-    def address(self, c: Cohort, address: Array) -> Array:
-        """The program's addresses as offsets in shared memory of the block, aligned."""
+    def offsets(self, c: Cohort, address: Array) -> Array:
+        """[n] the program's addresses as offsets in the wave's shared memory."""
         if self.generic:
-            address = address - SHARED_WINDOW
-            outside = (address < 0) | (address >= c.wave.shared_size)
+            outside = ~in_window(address, CLUSTER)
             if outside.any():
                 lane = int(np.argmax(outside))
-                at = int(address[lane]) + SHARED_WINDOW
+                at = int(address[lane])
                 raise self.trap(c, lane, f"mbarrier at {at:#x}, which is not in shared memory")
+            address = address - SHARED_WINDOW
         if np.bitwise_or.reduce(address) & 7:
             lane = int(np.argmax(address & 7 != 0))
             at = int(address[lane])
@@ -77,31 +85,47 @@ class Words:
                 at,
                 c.wave.where(self.ins, int(c.gids[lane])),
             )
-        return address
+        return offsets(self.access, c, address)
 
     def find(self, c: Cohort, address: Array) -> Found:
         """The barriers at these addresses; all must be alive."""
-        return Found(self, c, c.shared_base + self.address(c, address))
+        return Found(self, c, self.offsets(c, address))
 
-    def create(self, c: Cohort, address: Array, count: Array) -> None:
-        """mbarrier.init; the memory of an old barrier may be taken for a new one."""
+    def create(self, c: Cohort, address: Array, count: Array) -> Array:
+        """mbarrier.init; the memory of an old barrier may be taken for a new one.
+
+        Returns [n] where they are.
+        """
         self.check_count(c, count)
-        address = self.address(c, address)
+        at = self.offsets(c, address)
         counts = count.astype(np.uint64)
-        self.write(c, address, (counts | counts << COUNT_BITS | np.uint64(MARK << MARK_SHIFT),))
-        offsets = np.unique(c.shared_base + address)
+        self.write(c, at, counts | counts << COUNT_BITS | np.uint64(MARK << MARK_SHIFT))
+        if self.check_memory:
+            c.wave.memory.shared.states[WORD][at >> 3] = WRITTEN_WORD
+        distinct = np.unique(at)
         if self.check_race:
-            self.forget_old(c, offsets)
-        c.wave.mbarriers.update(dict.fromkeys(offsets.tolist(), 0))
+            self.forget_old(c, distinct)
+        c.wave.mbarriers.update(dict.fromkeys(distinct.tolist(), 0))
+        return at
 
-    def destroy(self, c: Cohort, address: Array) -> None:
-        """mbarrier.inval."""
+    def destroy(self, c: Cohort, address: Array) -> Array:
+        """mbarrier.inval. Returns [n] where they were."""
         found = self.find(c, address)
         if self.check_race:
             self.forget_old(c, found.offsets)
         for offset in found.offsets.tolist():
             del c.wave.mbarriers[offset]
-        self.write(c, found.lane_offsets - c.shared_base, (np.zeros(1, WORD),))
+        self.write(c, found.lane_offsets, np.zeros(1, WORD))
+        return found.lane_offsets
+
+    def read(self, c: Cohort, at: Array) -> Array:
+        """The words at these offsets."""
+        words: Array = c.wave.memory.shared.views[WORD].take(at >> 3)
+        return words
+
+    def write(self, c: Cohort, at: Array, words: Array) -> None:
+        c.wave.memory.shared.views[WORD][at >> 3] = words
+        c.wave.version += 1
 
     def forget_old(self, c: Cohort, offsets: Array) -> None:
         """The phases that lanes could still name are of a barrier that ends."""
@@ -195,16 +219,9 @@ class Found:
 
     # What the barriers hold.
 
-    @cached_property
-    def _at(self) -> tuple[Cohort, Array]:
-        """The first lane of each barrier, and the barrier's address."""
-        c = self.c
-        first = c if c.n == 1 else Cohort(c.wave, c.gids[self.rows], [])
-        return first, self.offsets - first.shared_base
-
     def load(self) -> None:
         """Read the counts: `pending`, `expected` and `tx`, [u] int64 each."""
-        words = self.words.read(*self._at)[0].view(np.int64)
+        words = self.words.read(self.c, self.offsets).view(np.int64)
         self._must_not(
             (words >> MARK_SHIFT & 3 != MARK) | (words >> PARITY_SHIFT & 1 != self.phases & 1),
             "the mbarrier at shared {at} was overwritten by something else",
@@ -221,7 +238,7 @@ class Found:
             self._next_phase(done)
         word = self.pending | self.expected << COUNT_BITS | (self.tx & TX_MASK) << TX_SHIFT
         word |= (self.phases & 1) << PARITY_SHIFT
-        self.words.write(*self._at, (word.view(np.uint64) | np.uint64(MARK << MARK_SHIFT),))
+        self.words.write(self.c, self.offsets, word.view(np.uint64) | np.uint64(MARK << MARK_SHIFT))
 
     def _next_phase(self, done: Array) -> None:
         wave = self.c.wave
@@ -292,7 +309,7 @@ class Found:
     def describe(self) -> str:
         """What the first lane's barrier waits for."""
         self.load()
-        at = int(self._at[1][0])
+        at = address_of(self.c, int(self.offsets[0]))
         text = (
             f"mbarrier at shared {at:#x} phase {self.phases[0]}: "
             f"{self.pending[0]} of {self.expected[0]} arrivals missing"
@@ -303,7 +320,7 @@ class Found:
         """KernelTrap for the first barrier where `bad`; `{at}` in the message is its address."""
         if np.count_nonzero(bad):
             which = int(np.argmax(bad))
-            at = f"{int(self._at[1][which]):#x}"
+            at = f"{address_of(self.c, int(self.offsets[which])):#x}"
             raise self.words.trap(self.c, int(self.rows[which]), message.replace("{at}", at))
 
 

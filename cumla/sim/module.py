@@ -32,6 +32,9 @@ DELIVERIES = ("eager", "late", "random")
 WAVE_LANES = 1 << 17
 # And at most so many bytes of shared memory and registers.
 WAVE_BYTES = 1 << 30
+# CUDA C Programming Guide "Thread Block Clusters": 8 is portable, Hopper allows 16.
+MAX_CLUSTER = 16
+FIRST_CLUSTERS = 90
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +139,7 @@ class Kernel:
         delivery: str = "eager",
         seed: int = 0,
         wave_blocks: int | None = None,
+        cluster: int | Sequence[int] | None = None,
     ) -> Launch:
         """Run the kernel to its end.
 
@@ -150,7 +154,10 @@ class Kernel:
             delivery: when asynchronous copies land: "eager" at once, "late" only where the
                 program has waited for them, "random" in between, by the seed.
             seed: of the order in which blocks start, and of random delivery.
-            wave_blocks: how many blocks run at a time; by default what the device could hold.
+            wave_blocks: how many blocks run at a time; by default what the device could hold. The
+                blocks of a cluster always run together.
+            cluster: blocks of a cluster, an int or up to three of them; by default what the
+                kernel's .reqnctapercluster says, or 1.
 
         Returns:
             Launch, with printed text (also written to standard output) and counters.
@@ -166,7 +173,15 @@ class Kernel:
             raise LaunchError(f"checks: got {sorted(unknown)}; known are {sorted(CHECKS)}")
         if delivery not in DELIVERIES:
             raise LaunchError(f"delivery: got {delivery!r}; choose one of {', '.join(DELIVERIES)}")
-        env = Env(device.capability, "memory" in checks, "race" in checks, counters, delivery)
+        cluster3, explicit = self.cluster_dimensions(cluster, grid3)
+        env = Env(
+            device.capability,
+            "memory" in checks,
+            "race" in checks,
+            counters,
+            delivery,
+            cluster=cluster3 != (1, 1, 1),
+        )
         prepared = self.prepare(env)
         layout = prepared.layout
         params = marshal(self.name, self.entry.parameters, args, layout.param_size)
@@ -181,14 +196,19 @@ class Kernel:
             layout.local_size,
             layout.local_params,
             params,
+            layout.shared_start,
+            cluster3,
+            explicit,
         )
         counted = Counters(prepared.kernel, geometry) if counters else None
         printed: list[str] = []
         rng = np.random.default_rng(seed)
-        order = rng.permutation(geometry.blocks)
+        clusters = rng.permutation(geometry.blocks // geometry.cluster_size)
+        order = geometry.cluster_blocks(clusters)
         size = self.wave_size(prepared, geometry) if wave_blocks is None else wave_blocks
         if size < 1:
             raise LaunchError(f"wave_blocks: got {wave_blocks}; at least one block must run")
+        size = max(size // geometry.cluster_size, 1) * geometry.cluster_size
         race: RaceDetector | None = None
         keep_freed_memory()
         try:
@@ -205,7 +225,7 @@ class Kernel:
                     )
                     if env.check_race:
                         if race is None:
-                            race = RaceDetector(wave)
+                            race = RaceDetector(wave, prepared.kernel.instructions[-1])
                         else:
                             race.next_wave(wave)
                         wave.race = race
@@ -245,6 +265,41 @@ class Kernel:
                 f"shared_bytes: got {dynamic}, beside {static} static bytes; a block of "
                 f"{self.owner.device.target} has at most {limit}"
             )
+
+    def cluster_dimensions(
+        self, given: int | Sequence[int] | None, grid: tuple[int, int, int]
+    ) -> tuple[tuple[int, int, int], bool]:
+        """Blocks of a cluster, and whether launch or kernel say so, checked.
+
+        PTX ISA "Cluster Dimension Directives"; CUDA C Programming Guide "Thread Block Clusters".
+        """
+        required = self.entry.directives.get("reqnctapercluster")
+        asked = None if given is None else dimensions("cluster", given)
+        if required:
+            fixed = dimensions("reqnctapercluster", required)
+            if asked not in (None, fixed):
+                raise LaunchError(
+                    f"cluster: got {asked}; .reqnctapercluster of {self.name} is {fixed}"
+                )
+            asked = fixed
+        if asked is None:
+            if "explicitcluster" in self.entry.directives:
+                raise LaunchError(
+                    f"cluster: got None; {self.name} is .explicitcluster: say how many blocks"
+                )
+            return (1, 1, 1), False
+        size = int(np.prod(asked))
+        if size > 1 and self.owner.device.capability < FIRST_CLUSTERS:
+            raise LaunchError(
+                f"cluster: got {asked}; {self.owner.device.target} has no clusters, which came "
+                f"with sm_{FIRST_CLUSTERS}"
+            )
+        (largest,) = self.entry.directives.get("maxclusterrank") or (MAX_CLUSTER,)
+        if size > largest:
+            raise LaunchError(f"cluster: got {asked}, {size} blocks; at most {largest} are allowed")
+        if any(n % k for n, k in zip(grid, asked, strict=True)):
+            raise LaunchError(f"cluster: got {asked}; the grid {grid} must be multiples of that")
+        return asked, True
 
     def wave_size(self, prepared: Prepared, geometry: Geometry) -> int:
         """How many blocks run at a time: what the device holds, bounded by our own memory."""

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cumla.sim.barriers import Barriers
+from cumla.sim.cluster_barriers import ClusterBarriers
 from cumla.sim.cohort import WARP
 from cumla.sim.copies import Copies
 from cumla.sim.errors import Where
@@ -29,10 +30,13 @@ class Geometry:
     Attributes:
         shared_size: bytes of shared memory a block owns, static and dynamic.
         dynamic_shared: of these, the dynamic ones.
-        shared_variables: (name, offset, size) of the variables in shared memory.
+        shared_variables: (name, address, size) of the variables in shared memory.
         local_size: bytes of local memory a lane has.
         local_params: (offset, size) of the parameters of calls in it; compilers copy structs
             whole, so their padding counts as written.
+        shared_start: address of the first byte of shared memory that a block owns.
+        cluster: blocks of a cluster in each dimension.
+        explicit_cluster: the launch or the kernel says how large clusters are.
     """
 
     kernel: str
@@ -44,6 +48,9 @@ class Geometry:
     local_size: int
     local_params: list[tuple[int, int]]
     params: bytes
+    shared_start: int = 0
+    cluster: tuple[int, int, int] = (1, 1, 1)
+    explicit_cluster: bool = False
 
     @property
     def threads(self) -> int:
@@ -64,14 +71,33 @@ class Geometry:
 
         A power of two: then an address without the memory check cannot reach a neighbour.
         """
-        return 1 << (self.shared_size + SHARED_GUARD - 1).bit_length()
+        return 1 << (self.shared_start + self.shared_size + SHARED_GUARD - 1).bit_length()
+
+    @property
+    def cluster_size(self) -> int:
+        """Blocks of a cluster."""
+        return self.cluster[0] * self.cluster[1] * self.cluster[2]
+
+    def cluster_blocks(self, clusters: NDArray[np.int64]) -> NDArray[np.int64]:
+        """[c * cluster_size] linear numbers of the blocks of clusters [c], of each by rank."""
+        x, y, _ = (n // k for n, k in zip(self.grid, self.cluster, strict=True))
+        corner = clusters % x, clusters // x % y, clusters // (x * y)
+        rank = np.arange(self.cluster_size)
+        kx, ky, _ = self.cluster
+        within = rank % kx, rank // kx % ky, rank // (kx * ky)
+        bx, by, bz = (
+            c[:, None] * k + w for c, k, w in zip(corner, self.cluster, within, strict=True)
+        )
+        blocks: NDArray[np.int64] = (bx + self.grid[0] * (by + self.grid[1] * bz)).reshape(-1)
+        return blocks
 
 
 class Wave:
     """The blocks that run together.
 
     Attributes:
-        block_ids: [slots] linear number in the grid of the block in each slot.
+        block_ids: [slots] linear number in the grid of the block in each slot; the blocks of a
+            cluster are in consecutive slots, by rank.
         live: [slots * lanes_per_block] bool: lanes that have not exited.
         live_count: how many those are.
         version: grows when something changes that a lane in a spin loop could see.
@@ -100,6 +126,8 @@ class Wave:
         self.slots = int(block_ids.shape[0])
         self.lanes_per_block = geometry.lanes
         self.threads_per_block = geometry.threads
+        self.cluster_size = geometry.cluster_size
+        self.shared_start = geometry.shared_start
         self.shared_size = geometry.shared_size
         self.shared_stride = geometry.shared_stride
         self.shared_variables = geometry.shared_variables
@@ -116,6 +144,7 @@ class Wave:
         self.memory = WaveMemory(
             device.memory,
             slots=self.slots,
+            shared_start=self.shared_start,
             shared_size=self.shared_size,
             shared_stride=self.shared_stride,
             local_size=geometry.local_size,
@@ -124,6 +153,7 @@ class Wave:
             params=geometry.params,
         )
         self.barriers = Barriers(self)
+        self.cluster_barriers = ClusterBarriers(self)
         self.mbarriers: dict[int, int] = {}
         self.copies = Copies(self, delivery)
 
@@ -131,7 +161,15 @@ class Wave:
         """These lanes have ended."""
         self.live[gids] = False
         self.live_count -= gids.shape[0]
+        if self.race is not None and self.cluster_size > 1:
+            self.race.exited(gids)
         self.barriers.lanes_exited()
+        self.cluster_barriers.lanes_exited()
+
+    def slot_alive(self, slots: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of the blocks in these slots have a lane that has not exited."""
+        alive: NDArray[np.bool_] = np.logical_or.reduce(self.live.reshape(self.slots, -1), axis=1)
+        return alive[slots]
 
     def block_index(self, slot: int) -> tuple[int, int, int]:
         """(x, y, z) in the grid of the block in a slot."""

@@ -212,25 +212,25 @@ def test_cvta_and_isspacep_agree_with_the_windows() -> None:
     some = [0, 1 << 46, (1 << 64) - 8]
     for window in (SHARED_WINDOW, LOCAL_WINDOW, PARAM_WINDOW):
         some += [window - 1, window, window + (1 << 24) - 1, window + (1 << 24)]
+    some += [SHARED_WINDOW + (1 << 32) - 1, SHARED_WINDOW + (1 << 32)]
     asked = np.array([*generic.values(), *some], np.uint64)
     answers = {
         space: op(f"isspacep.{space}").run(c, asked).tolist()
-        for space in ("shared", "local", "param", "global", "const")
+        for space in ("shared", "shared::cluster", "local", "param", "global", "const")
     }
     for i, address in enumerate(asked.tolist()):
-        owner = "global"
-        for space, window in (
-            ("shared", SHARED_WINDOW),
-            ("local", LOCAL_WINDOW),
-            ("param", PARAM_WINDOW),
-        ):
+        owners = ["global"]
+        for space, window in (("local", LOCAL_WINDOW), ("param", PARAM_WINDOW)):
             if window <= address < window + (1 << 24):
-                owner = space
+                owners = [space]
+        if SHARED_WINDOW <= address < SHARED_WINDOW + (1 << 32):
+            # The first of it is the block's own, the rest that of other ranks.
+            owners = ["shared"] if address < SHARED_WINDOW + (1 << 24) else []
+            owners.append("shared::cluster")
         if k.address <= address < k.address + 256:
-            owner = "const"
-        assert [s for s in answers if answers[s][i]] == [owner], hex(address)
-    for suffix in ("shared::cta", "shared::cluster"):
-        assert op(f"isspacep.{suffix}").run(c, asked).tolist() == answers["shared"]
+            owners = ["const"]
+        assert [s for s in answers if answers[s][i]] == owners, hex(address)
+    assert op("isspacep.shared::cta").run(c, asked).tolist() == answers["shared"]
     assert op("isspacep.param::entry").run(c, asked).tolist() == answers["param"]
     assert op("cvta.to.shared::cta.u64").run(asked[:1]).tolist() == [100]
     for name in ("cvta.shared.u32", "cvta.to.tex.u64", "cvta.u64", "isspacep.u64", "isspacep"):

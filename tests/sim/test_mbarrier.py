@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from cumla.sim.errors import KernelTrap
+from cumla.sim.errors import KernelTrap, MemoryFault
 from cumla.sim.isa.table import Unsupported
 from cumla.sim.memory.spaces import SHARED_WINDOW
 from sim.async_kit import Kit, bound, flag
@@ -259,9 +259,13 @@ def test_generic_addresses():
     assert flag(c, Kit().test_parity(c, 32, 0)) == [True]
     wait = bound("try_wait.parity.b64", "%p1", "[%rd1]", "%r1")
     assert flag(c, wait(c, SHARED_WINDOW + 32, 0)) == [True]
-    for outside in (32, SHARED_WINDOW - 8, SHARED_WINDOW + 256, 0x7F00_0000_0100):
+    arrive = bound("arrive.b64", "_", "[%rd1]")
+    for outside in (32, SHARED_WINDOW - 8, 0x7F00_0000_0100):
         with pytest.raises(KernelTrap, match=f"{outside:#x}, which is not in shared memory"):
-            bound("arrive.b64", "_", "[%rd1]")(c, outside)
+            arrive(c, outside)
+    for past in (SHARED_WINDOW + 256, SHARED_WINDOW + (1 << 24)):
+        with pytest.raises(MemoryFault, match=f"generic {past:#x}.* past the end"):
+            arrive(c, past)
 
 
 def test_waits_are_counted():

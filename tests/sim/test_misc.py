@@ -60,8 +60,6 @@ def test_accepted_without_effect(text, operands):
         "setmaxnreg.set.sync.aligned.u32",
         "setmaxnreg.inc.u32",
         "griddepcontrol.stop",
-        "getctarank.shared::cluster.u32",
-        "mapa.shared::cluster.u32",
     ],
 )
 def test_refused(text):

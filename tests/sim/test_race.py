@@ -48,6 +48,8 @@ class Launch:
             lanes_per_block=self.lanes,
             threads_per_block=threads,
             live=live,
+            cluster_size=1,
+            shared_start=0,
             shared_stride=self.stride,
             shared_size=self.stride,
         )

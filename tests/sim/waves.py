@@ -25,6 +25,7 @@ def make_wave(
     delivery: str = "eager",
     seed: int = 0,
     num_sms: int = 4,
+    cluster: tuple[int, int, int] = (1, 1, 1),
 ) -> Wave:
     """A wave of these blocks, by default of all blocks of the grid."""
     geometry = Geometry(
@@ -37,6 +38,7 @@ def make_wave(
         local_size=0,
         local_params=[],
         params=b"",
+        cluster=cluster,
     )
     device: Any = SimpleNamespace(
         memory=DeviceMemory(1 << 20), num_sms=num_sms, capability=90, launches=3

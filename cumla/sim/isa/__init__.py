@@ -24,6 +24,7 @@ FAMILIES = (
     "mma",
     "async_copy",
     "mbarrier",
+    "cluster",
     "barrier",
     "fence",
     "video",

@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from cumla.sim.cohort import Cohort
 from cumla.sim.errors import KernelTrap
 from cumla.sim.isa.table import Env, Op, Unsupported, instruction
-from cumla.sim.mbarriers import Words
+from cumla.sim.mbarriers import Found, Words
 from cumla.sim.memory.access import reader, writer
 from cumla.sim.memory.arena import WORDS
 from cumla.sim.memory.faults import Access, fault
+from cumla.sim.memory.shared import offsets
 from cumla.sim.ptx.syntax import Immediate, Instruction, Operand, Register
 
 Array = NDArray[Any]
@@ -133,15 +134,13 @@ def _mover(
         if eager:
             write(c, to, (data,))
         elif env.check_memory:
-            wrong = (to & (nbytes - 1) != 0) | (to < 0) | (to > c.wave.shared_size - nbytes)
-            if wrong.any():
-                raise fault(destination, c, to)
+            offsets(destination, c, to)
         if env.count:
             c.wave.counters.access(ins, c, "shared", c.full(to), nbytes, "write")
         if tracked:
             token = None
             if env.check_race:
-                token = c.wave.race.copy_issued(ins, c, c.shared_base + to, nbytes)
+                token = c.wave.race.copy_issued(ins, c, offsets(destination, c, to), nbytes)
             c.wave.copies.issue(c, move, (to, source, *size), token)
 
     if not tracked and not sized and not env.count:
@@ -216,16 +215,16 @@ def _mbarrier_arrive(ins: Instruction, env: Env) -> Op:
     if len(ins.operands) != 1:
         raise Unsupported(f"{ins.name!r} with {len(ins.operands)} operands")
     increments = middle == spaces
-    words = Words(ins, env, generic=not spaces)
+    words = Words(ins, env, "shared" if spaces else "generic")
 
-    def arrive(c: Cohort, address: Array) -> None:
-        barriers = words.find(c, address)
+    def arrive(c: Cohort, at: Array) -> None:
+        barriers = Found(words, c, at)
         barriers.load()
         barriers.take_arrivals(ONE)
         barriers.store()
 
-    def keys(c: Cohort, address: Array) -> Array:
-        return words.find(c, address).keys()
+    def keys(c: Cohort, at: Array) -> Array:
+        return Found(words, c, at).keys()
 
     def run(c: Cohort, address: Array) -> None:
         barriers = words.find(c, address)
@@ -234,6 +233,6 @@ def _mbarrier_arrive(ins: Instruction, env: Env) -> Op:
             barriers.add_pending(ONE)
             barriers.store()
         barriers.tell("cta")
-        c.wave.copies.arrive(c, address, arrive, keys)
+        c.wave.copies.arrive(c, barriers.lane_offsets, arrive, keys)
 
     return Op(run, ("addr",), cohort=True)

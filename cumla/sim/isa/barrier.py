@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from cumla.sim.cohort import Cohort
+from cumla.sim.isa.cluster import cluster_barrier
 from cumla.sim.isa.convergence import converged, members, waits_for_lanes, whole_warps
 from cumla.sim.isa.table import Env, Op, Unsupported, instruction
 from cumla.sim.ptx.syntax import Instruction
@@ -16,7 +17,12 @@ PERFORMANCE = {"cta", "aligned"}
 
 @instruction("bar", "barrier")
 def bar(ins: Instruction, env: Env) -> Op:
-    """bar{.cta}.sync a{, b}; .arrive a, b; .red.{popc.u32,and.pred,or.pred} d, a{, b}, c."""
+    """bar{.cta}.sync a{, b}; .arrive a, b; .red.{popc.u32,and.pred,or.pred} d, a{, b}, c.
+
+    Also barrier.cluster, which cluster.py knows.
+    """
+    if ins.modifiers[:1] == ("cluster",):
+        return cluster_barrier(ins, env)
     words = [m for m in ins.modifiers if m not in PERFORMANCE]
     if words == ["warp", "sync"]:
         return _warp_sync(ins, env)

@@ -43,7 +43,7 @@ def fence(ins: Instruction, env: Env) -> Op:
     """fence{.sem}.scope, the restricted one-way forms and fence.proxy.*."""
     words = ins.modifiers
     if words[:1] == ("proxy",):
-        return _proxy(ins, words[1:])
+        return _proxy(ins, env, words[1:])
     if ins.operands:
         raise Unsupported(f"{ins.name!r} with operands")
     if words in RESTRICTED:
@@ -62,7 +62,7 @@ def membar(ins: Instruction, env: Env) -> Op:
     """membar.{cta,gl,sys} and membar.proxy.*."""
     words = ins.modifiers
     if words[:1] == ("proxy",):
-        return _proxy(ins, words[1:])
+        return _proxy(ins, env, words[1:])
     if len(words) != 1 or words[0] not in LEVELS or ins.operands:
         raise Unsupported(f"form {ins.name!r}")
     return _thread_fence(env, LEVELS[words[0]], "sc")
@@ -78,8 +78,8 @@ def _thread_fence(env: Env, scope: str, order: str) -> Op:
     return Op(run, (), cohort=True)
 
 
-def _proxy(ins: Instruction, words: tuple[str, ...]) -> Op:
-    """All accesses here are of one proxy, so these have nothing to order."""
+def _proxy(ins: Instruction, env: Env, words: tuple[str, ...]) -> Op:
+    """fence.proxy.*; nothing but the race detector knows of proxies, and only of the async one."""
     kinds: tuple[str, ...] = ()
     if len(words) == 3 and words[0] == TENSORMAP and words[2] in SCOPES:
         known = words[1] in ("acquire", "release")
@@ -89,6 +89,9 @@ def _proxy(ins: Instruction, words: tuple[str, ...]) -> Op:
         known = words in PROXIES or words in ASYNC_GENERIC
     if not known or len(ins.operands) != len(kinds):
         raise Unsupported(f"form {ins.name!r} with {len(ins.operands)} operands")
+    ordered = words[0] == "async" or (words in ASYNC_GENERIC and "release" in words)
+    if env.check_race and ordered:
+        return Op(lambda c: c.wave.race.proxy_fence(c), (), cohort=True)
     return Op(_nothing, kinds, cohort=True)
 
 

@@ -17,6 +17,7 @@ from cumla.sim.cohort import Cohort
 from cumla.sim.errors import KernelTrap
 from cumla.sim.isa.table import Env, Op, Unsupported, instruction
 from cumla.sim.mbarriers import COUNT_BITS, LARGEST, Found, Words, phase_key
+from cumla.sim.memory.spaces import CLUSTER
 from cumla.sim.ptx.syntax import Instruction, Sink
 
 Array = NDArray[Any]
@@ -24,8 +25,7 @@ Array = NDArray[Any]
 ONE = np.ones(1, np.uint32)
 NO_STATE = np.zeros(1, np.uint64)
 OWN = {"shared", "shared::cta"}
-# In a cluster of one block, its shared memory is all there is of shared::cluster.
-ANY = OWN | {"shared::cluster"}
+ANY = OWN | {CLUSTER}
 SCOPES = {"cta", "cluster"}
 
 
@@ -57,18 +57,22 @@ def _operands(ins: Instruction, *numbers: int) -> int:
 
 
 def _words(ins: Instruction, env: Env, found: set[str]) -> Words:
-    return Words(ins, env, generic=not found & ANY)
+    space = "shared" if found & OWN else CLUSTER if CLUSTER in found else "generic"
+    return Words(ins, env, space)
 
 
-def _written(words: Words, c: Cohort, address: Array) -> None:
+def _written(words: Words, c: Cohort, offsets: Array) -> None:
     """Tell the race detector that barriers begin or end."""
     if words.check_race:
-        offsets = c.shared_base + words.address(c, address)
         c.wave.race.access(words.ins, c, "shared", offsets, 8, "write", "weak", "cta")
 
 
 def _scope(found: set[str]) -> str:
-    return "cluster" if "cluster" in found else "cta"
+    """The scope; one that is not given reaches a peer's barrier, too.
+
+    PTX ISA says .cta then, but CUDA programs arrive on barriers of other blocks without a scope.
+    """
+    return "cta" if "cta" in found else "cluster"
 
 
 def _init(ins: Instruction, env: Env) -> Op:
@@ -77,8 +81,7 @@ def _init(ins: Instruction, env: Env) -> Op:
     _operands(ins, 2)
 
     def run(c: Cohort, address: Array, count: Array) -> None:
-        words.create(c, address, count)
-        _written(words, c, address)
+        _written(words, c, words.create(c, address, count))
 
     return Op(run, ("addr", "u32"), cohort=True)
 
@@ -89,8 +92,7 @@ def _inval(ins: Instruction, env: Env) -> Op:
     _operands(ins, 1)
 
     def run(c: Cohort, address: Array) -> None:
-        words.destroy(c, address)
-        _written(words, c, address)
+        _written(words, c, words.destroy(c, address))
 
     return Op(run, ("addr",), cohort=True)
 
@@ -109,7 +111,7 @@ def _arrive(ins: Instruction, env: Env) -> Op:
     releases, scope = "relaxed" not in found, _scope(found)
     drop = ins.modifiers[0] == "arrive_drop"
     wanted = not isinstance(ins.operands[0], Sink)
-    if wanted and "shared::cluster" in found:
+    if wanted and CLUSTER in found:
         raise Unsupported("state of an arrival in .shared::cluster; it must be _")
     words = _words(ins, env, found)
 

@@ -7,13 +7,21 @@ from typing import Any
 
 import numpy as np
 
-from cumla.sim.cohort import Cohort
+from cumla.sim.cohort import RANK_SHIFT, Cohort
 from cumla.sim.isa.table import DTYPES, Env, Op, Unsupported, instruction
 from cumla.sim.memory.access import reader, writer
 from cumla.sim.memory.arena import WIDEST
 from cumla.sim.memory.faults import Access, fault
 from cumla.sim.memory.locate import locator
-from cumla.sim.memory.spaces import WINDOWS, in_space, in_window, plain_space
+from cumla.sim.memory.spaces import (
+    CLUSTER,
+    CLUSTER_BITS,
+    SHARED,
+    in_space,
+    in_window,
+    plain_space,
+    window_of,
+)
 from cumla.sim.ptx.syntax import Instruction
 
 SCOPES = frozenset({"cta", "cluster", "gpu", "sys"})
@@ -162,7 +170,7 @@ def st(ins: Instruction, env: Env) -> Op:
         )
 
     policy = ("b64",) if form.hinted else ()
-    if env.check_race and space in ("global", "shared", "generic"):
+    if env.check_race and plain_space(space) in ("global", "generic", *SHARED):
         run = run_alone
     return Op(run, ("addr", *(form.type,) * count, *policy), cohort=True)
 
@@ -198,7 +206,7 @@ def cvta(ins: Instruction, env: Env) -> Op:
         words.pop(0)
     if len(words) != 2 or words[0] not in SPACES - {"param::func"} or words[1] != "u64":
         raise Unsupported(f"form {ins.name!r}")
-    window = np.array(WINDOWS.get(plain_space(words[0]), 0), np.uint64)
+    window = np.array(window_of(plain_space(words[0])), np.uint64)
     if not window:
         # Global addresses are generic addresses; constant memory lies among them.
         return Op(_same, ("u64",), ("u64",))
@@ -225,6 +233,14 @@ def isspacep(ins: Instruction, env: Env) -> Op:
 
     def run(c: Cohort, address: Any) -> Any:
         return in_space(address.view(np.int64), space, c.wave.memory.device)
+
+    def run_own(c: Cohort, address: Any) -> Any:
+        address = address.view(np.int64)
+        own = (address & (1 << CLUSTER_BITS) - 1) >> RANK_SHIFT == c.shared_window >> RANK_SHIFT
+        return in_window(address, CLUSTER) & own
+
+    if space == "shared":
+        run = run_own
 
     return Op(run, ("u64",), ("pred",), cohort=True)
 

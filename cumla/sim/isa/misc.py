@@ -1,7 +1,4 @@
-"""Instructions that compute nothing. PTX ISA "Miscellaneous Instructions" and nanosleep.
-
-Also the instructions of clusters of several blocks, which are refused by name.
-"""
+"""Instructions that compute nothing. PTX ISA "Miscellaneous Instructions" and nanosleep."""
 
 from __future__ import annotations
 
@@ -58,12 +55,6 @@ def trap(ins: Instruction, env: Env) -> Op:
         raise KernelTrap(f"the kernel executed {ins.opcode}", c.wave.where(ins, int(c.gids[0])))
 
     return Op(run, (), cohort=True)
-
-
-@instruction("getctarank", "mapa")
-def of_clusters(ins: Instruction, env: Env) -> Op:
-    """Shared memory of the other blocks of a cluster."""
-    raise Unsupported("clusters of several blocks are not simulated")
 
 
 def _nothing(c: Cohort, *operands: Any) -> None:

@@ -1,8 +1,7 @@
 """Special registers. PTX ISA "Special Registers".
 
 `SPECIAL` gives the type of each and a function of a cohort: an array with one element for each
-lane, or one for all. A kernel is a grid of clusters of one block; nothing of shared memory is
-reserved for the system; one clock counts instructions, cycles and nanoseconds.
+lane, or one for all. One clock counts instructions, cycles and nanoseconds.
 """
 
 from __future__ import annotations
@@ -19,9 +18,7 @@ Array = NDArray[Any]
 Value = Callable[[Cohort], Array]
 
 ZERO = np.zeros(1, np.uint32)
-ONE = np.ones(1, np.uint32)
 ZERO64 = np.zeros(1, np.uint64)
-FALSE = np.zeros(1, np.bool_)
 ALL_LANES = np.uint32(0xFFFFFFFF)
 # PTX ISA "%total_smem_size": in multiples of the allocation unit, 128 bytes from sm_80 on.
 SHARED_UNIT = 128
@@ -152,6 +149,41 @@ def _total_shared(c: Cohort) -> Array:
     return _one(-(-c.wave.shared_size // SHARED_UNIT) * SHARED_UNIT)
 
 
+def _reserved(name: str) -> Value:
+    """Where the system's part of shared memory begins, ends, or where shared memory ends."""
+
+    def get(c: Cohort) -> Array:
+        if name == "cap" or not c.wave.shared_start:
+            return _one(c.wave.shared_start + int(_total_shared(c)[0]))
+        return ZERO if name == "begin" else _one(c.wave.shared_start)
+
+    return get
+
+
+def _rank(c: Cohort) -> Array:
+    if c.wave.cluster_size == 1:
+        return ZERO
+    return (c.slots % c.wave.cluster_size).astype(np.uint32)
+
+
+def _clusterid(axis: int) -> Value:
+    own = _ctaid(axis)
+    return lambda c: own(c) // np.uint32(c.wave.geometry.cluster[axis])
+
+
+def _nclusterid(axis: int) -> Value:
+    return lambda c: _one(c.wave.grid[axis] // c.wave.geometry.cluster[axis])
+
+
+def _cluster_ctaid(axis: int) -> Value:
+    own = _ctaid(axis)
+    return lambda c: own(c) % np.uint32(c.wave.geometry.cluster[axis])
+
+
+def _cluster_nctaid(axis: int) -> Value:
+    return lambda c: _one(c.wave.geometry.cluster[axis])
+
+
 SPECIAL: dict[str, tuple[str, Value]] = {
     "%laneid": ("u32", lambda c: c.lanes),
     "%warpid": ("u32", _once("%warpid", _warpid)),
@@ -173,9 +205,9 @@ SPECIAL: dict[str, tuple[str, Value]] = {
     "%dynamic_smem_size": ("u32", lambda c: _one(c.wave.geometry.dynamic_shared)),
     "%total_smem_size": ("u32", _total_shared),
     "%aggr_smem_size": ("u32", _total_shared),
-    "%is_explicit_cluster": ("pred", _constant(FALSE)),
-    "%cluster_ctarank": ("u32", _constant(ZERO)),
-    "%cluster_nctarank": ("u32", _constant(ONE)),
+    "%is_explicit_cluster": ("pred", lambda c: _one(c.wave.geometry.explicit_cluster, np.bool_)),
+    "%cluster_ctarank": ("u32", _once("%cluster_ctarank", _rank)),
+    "%cluster_nctarank": ("u32", lambda c: _one(c.wave.cluster_size)),
     "%current_graph_exec": ("u64", _constant(ZERO64)),
 }
 for _axis, _letter in enumerate("xyz"):
@@ -183,12 +215,15 @@ for _axis, _letter in enumerate("xyz"):
     SPECIAL[f"%ntid.{_letter}"] = ("u32", _ntid(_axis))
     SPECIAL[f"%ctaid.{_letter}"] = ("u32", _once(f"%ctaid.{_letter}", _ctaid(_axis)))
     SPECIAL[f"%nctaid.{_letter}"] = ("u32", _nctaid(_axis))
-    SPECIAL[f"%clusterid.{_letter}"] = SPECIAL[f"%ctaid.{_letter}"]
-    SPECIAL[f"%nclusterid.{_letter}"] = SPECIAL[f"%nctaid.{_letter}"]
-    SPECIAL[f"%cluster_ctaid.{_letter}"] = ("u32", _constant(ZERO))
-    SPECIAL[f"%cluster_nctaid.{_letter}"] = ("u32", _constant(ONE))
+    SPECIAL[f"%clusterid.{_letter}"] = ("u32", _once(f"%clusterid.{_letter}", _clusterid(_axis)))
+    SPECIAL[f"%nclusterid.{_letter}"] = ("u32", _nclusterid(_axis))
+    SPECIAL[f"%cluster_ctaid.{_letter}"] = (
+        "u32",
+        _once(f"%cluster_ctaid.{_letter}", _cluster_ctaid(_axis)),
+    )
+    SPECIAL[f"%cluster_nctaid.{_letter}"] = ("u32", _cluster_nctaid(_axis))
 for _name in ("begin", "end", "cap", "0", "1"):
-    SPECIAL[f"%reserved_smem_offset_{_name}"] = ("u32", _total_shared)
+    SPECIAL[f"%reserved_smem_offset_{_name}"] = ("u32", _reserved(_name))
 for _index in range(32):
     SPECIAL[f"%envreg{_index}"] = ("b32", _constant(ZERO))
 for _index in range(8):

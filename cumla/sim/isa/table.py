@@ -53,6 +53,7 @@ class Env:
         check_memory, check_race: which checks are on.
         count: whether counters are kept.
         delivery: "eager", "late" or "random": when asynchronous copies land.
+        cluster: clusters are of several blocks, so addresses of shared memory hold a rank.
         registers: register -> declared type, of the kernel that is being prepared.
     """
 
@@ -61,6 +62,7 @@ class Env:
     check_race: bool = False
     count: bool = False
     delivery: str = "eager"
+    cluster: bool = False
     registers: Mapping[str, str] = field(default_factory=dict, compare=False)
 
 

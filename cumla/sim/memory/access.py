@@ -11,7 +11,7 @@ from cumla.sim.cohort import Cohort
 from cumla.sim.isa.table import Env
 from cumla.sim.memory.arena import WORDS, Arena
 from cumla.sim.memory.locate import locator
-from cumla.sim.memory.spaces import WINDOWS, parts, plain_space
+from cumla.sim.memory.spaces import CLUSTER, SHARED, WINDOWS, parts, plain_space
 from cumla.sim.ptx.syntax import Instruction
 
 Values = tuple[Any, ...]
@@ -104,7 +104,7 @@ def writer(
 
     if space != "generic":
         return one(space)
-    spaces = {name: one(name, WINDOWS.get(name, 0)) for name in ("shared", "local", "global")}
+    spaces = {name: one(name, WINDOWS.get(name, 0)) for name in (CLUSTER, "local", "global")}
     place = locator(ins, env, "global", nbytes, "write", order, scope, hooks, generic=True)
 
     def generic_write(c: Cohort, address: Any, values: Values) -> None:
@@ -173,7 +173,7 @@ def updater(
     def one(space: str, window: int = 0) -> Callable[..., Values | None]:
         place = locator(ins, env, space, nbytes, "atomic", order, scope, window=window)
 
-        mine = update if in_shared is None or space != "shared" else in_shared
+        mine = update if in_shared is None or space not in SHARED else in_shared
 
         def change(c: Cohort, address: Any, *operands: Any) -> Values | None:
             arena, index = place(c, address)
@@ -183,7 +183,7 @@ def updater(
 
     if space != "generic":
         return one(space)
-    spaces = {name: one(name, WINDOWS.get(name, 0)) for name in ("shared", "global")}
+    spaces = {name: one(name, WINDOWS.get(name, 0)) for name in (CLUSTER, "global")}
     place = locator(ins, env, "global", nbytes, "atomic", order, scope, generic=True)
 
     def generic_change(c: Cohort, address: Any, *operands: Any) -> Values | None:
@@ -196,7 +196,7 @@ def updater(
         for name, mask in mixed:
             # PTX ISA "atom": local and parameter memory have no atomics; "global" refuses them.
             change = spaces.get(name, spaces["global"])
-            at = address - WINDOWS[name] if name == "shared" else address
+            at = address - WINDOWS[name] if name == CLUSTER else address
             if len(mixed) == 1:
                 return change(c, at, *operands)
             some = (v if v.shape[0] == 1 else v[mask] for v in operands)

@@ -22,7 +22,8 @@ from cumla.sim.isa.table import Env
 from cumla.sim.memory.arena import ALLOCATED, WORDS, WRITABLE, WRITTEN, Arena
 from cumla.sim.memory.device import BASE
 from cumla.sim.memory.faults import Access, fault
-from cumla.sim.memory.spaces import plain_space
+from cumla.sim.memory.shared import split
+from cumla.sim.memory.spaces import CLUSTER, SHARED, plain_space
 from cumla.sim.ptx.syntax import Instruction
 
 Place = Callable[[Cohort, Any], Any]
@@ -78,16 +79,18 @@ def locator(
         return _device(env, access, hook, generic)
     if space == "param":
         return _param(access)
-    return _per_block_or_lane(env, access, hook)
+    return _local(access, hook) if space == "local" else _shared(access, hook)
 
 
 def _hook(
     ins: Instruction, env: Env, space: str, nbytes: int, kind: str, order: str, scope: str
 ) -> Callable[[Cohort, Any, Any], None] | None:
     """A function of the cohort, the offsets and the addresses, or None if nobody listens."""
-    race = env.check_race and space in ("global", "shared")
+    race = env.check_race and space in ("global", *SHARED)
     if not race and not env.count:
         return None
+    if space == CLUSTER:
+        space = "shared"
 
     def hook(c: Cohort, offset: Any, address: Any) -> None:
         wave = c.wave
@@ -106,7 +109,7 @@ class _States:
     """
 
     def __init__(self, access: Access) -> None:
-        self.bounded = access.space in ("shared", "local")
+        self.bounded = access.space in ("local", *SHARED)
         self.word = WORDS[min(access.nbytes, 16)]
         self.twice = access.nbytes == 32
         required, left = REQUIRED[access.kind], LEFT[access.kind]
@@ -169,35 +172,64 @@ def _device(env: Env, access: Access, hook: Any, generic: bool) -> Place:
     return place
 
 
-def _per_block_or_lane(env: Env, access: Access, hook: Any) -> Place:
+def _shared(access: Access, hook: Any) -> Place:
     nbytes = access.nbytes
     low = nbytes - 1
     shift = np.array(nbytes.bit_length() - 1)
     states = _States(access)
-    check = env.check_memory
-    shared = access.space == "shared"
+    check = access.check
 
     def place(c: Cohort, address: Any) -> Any:
         wave = c.wave
         memory = wave.memory
-        if shared:
-            arena, size, limit = memory.shared, memory.shared_size, memory.shared_limit
-            offset = address if wave.slots == 1 else address + c.shared_base
+        if wave.slots == 1:
+            within = offset = address
         else:
-            arena, size, limit = memory.local, memory.local_size, memory.local_limit
-            offset = address + c.gids * memory.local_stride
-        bits = int(or_all(address))
-        if bits & low or not 0 <= bits < limit:
+            within, base = split(access, c, address)
+            offset = within + base
+        bits = int(or_all(within))
+        if bits & low or not 0 <= bits < memory.shared_limit:
             raise fault(access, c, address)
         index = offset >> shift
-        # Between two owners there may be less than the limit: states alone would not do.
-        if check and (bits > size - nbytes and int(address.max()) > size - nbytes):
+        if check:
+            # Between two owners there may be less than the limit: states alone would not do.
+            last = memory.shared_start + memory.shared_size - nbytes
+            outside = bits > last and int(within.max()) > last
+            if (
+                outside
+                or int(within.min()) < memory.shared_start
+                or not states.good(memory.shared, index)
+            ):
+                raise fault(access, c, address)
+        if hook is not None:
+            hook(c, offset, address)
+        return memory.shared, index
+
+    return place
+
+
+def _local(access: Access, hook: Any) -> Place:
+    nbytes = access.nbytes
+    low = nbytes - 1
+    shift = np.array(nbytes.bit_length() - 1)
+    states = _States(access)
+    check = access.check
+
+    def place(c: Cohort, address: Any) -> Any:
+        memory = c.wave.memory
+        offset = address + c.gids * memory.local_stride
+        bits = int(or_all(address))
+        if bits & low or not 0 <= bits < memory.local_limit:
             raise fault(access, c, address)
-        if check and not states.good(arena, index):
+        index = offset >> shift
+        last = memory.local_size - nbytes
+        if check and bits > last and int(address.max()) > last:
+            raise fault(access, c, address)
+        if check and not states.good(memory.local, index):
             raise fault(access, c, address)
         if hook is not None:
             hook(c, offset, address)
-        return arena, index
+        return memory.local, index
 
     return place
 

@@ -3,6 +3,10 @@
 PTX ISA "Generic Addressing": const, param, local and shared memory are windows; every other generic
 address is a global address. Constant variables lie in device memory here, so their generic address
 is the address that `ld.const` uses.
+
+Shared memory is addressed as hardware does it. A block of rank r in its cluster has the addresses
+from `r << 24` on, in its own space, in the cluster's (`shared::cluster`) and, behind
+`SHARED_WINDOW`, in the generic one; programs reach a peer by arithmetic on them.
 """
 
 from __future__ import annotations
@@ -12,29 +16,42 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cumla.sim.cohort import RANK_SHIFT
 from cumla.sim.memory.device import BASE, DeviceMemory
 
+# Local and parameter memory have 24-bit addresses; shared memory has that for each rank.
 WINDOW_BITS = 24
-WINDOW_SIZE = 1 << WINDOW_BITS
+WITHIN_BLOCK = (1 << RANK_SHIFT) - 1
+CLUSTER_BITS = 32
 SHARED_WINDOW = 0x7E00_0000_0000
 LOCAL_WINDOW = 0x7D00_0000_0000
 PARAM_WINDOW = 0x7C00_0000_0000
-WINDOWS = {"shared": SHARED_WINDOW, "local": LOCAL_WINDOW, "param": PARAM_WINDOW}
+# By space: where its window begins, and the bits of an address in it. What is in the window of
+# shared memory may be another block's.
+CLUSTER = "shared::cluster"
+WINDOWS = {CLUSTER: SHARED_WINDOW, "local": LOCAL_WINDOW, "param": PARAM_WINDOW}
+BITS = {CLUSTER: CLUSTER_BITS, "local": WINDOW_BITS, "param": WINDOW_BITS}
+SHARED = ("shared", CLUSTER)
 
 
 def plain_space(space: str) -> str:
-    """A space without its sub-qualifier: "shared::cta" and "param::entry" are windows of one."""
-    return space.partition("::")[0]
+    """A space without a sub-qualifier that changes nothing: "shared::cta", "param::entry"."""
+    return space if space == CLUSTER else space.partition("::")[0]
+
+
+def window_of(space: str) -> int:
+    """Where the window of a space begins; 0 for one whose addresses are generic already."""
+    return WINDOWS.get(CLUSTER if space == "shared" else space, 0)
 
 
 def in_window(address: NDArray[np.int64], space: str) -> NDArray[np.bool_]:
-    """Which generic addresses lie in the window of shared, local or param memory."""
-    inside: NDArray[np.bool_] = (address >> WINDOW_BITS) == WINDOWS[space] >> WINDOW_BITS
+    """Which generic addresses lie in the window of CLUSTER, "local" or "param"."""
+    inside: NDArray[np.bool_] = (address >> BITS[space]) == WINDOWS[space] >> BITS[space]
     return inside
 
 
 def in_space(address: NDArray[np.int64], space: str, memory: DeviceMemory) -> Any:
-    """Which generic addresses belong to a state space."""
+    """Which generic addresses belong to a state space other than "shared"."""
     if space in WINDOWS:
         return in_window(address, space)
     const = memory.is_read_only(address - BASE)

@@ -20,7 +20,7 @@ class WaveMemory:
     Attributes:
         device: global and constant memory.
         shared: the shared memory of all slots, one after the other, `shared_stride` apart; a block
-            owns the first `shared_size` bytes of its slot.
+            owns `shared_size` bytes from `shared_start` on, which is also their address in it.
         local: likewise of all lanes, `local_stride` apart.
         param: the parameter block.
         shared_limit, local_limit: the powers of two from which on no address can be good.
@@ -35,6 +35,7 @@ class WaveMemory:
         device: DeviceMemory,
         *,
         slots: int,
+        shared_start: int,
         shared_size: int,
         shared_stride: int,
         local_size: int,
@@ -43,13 +44,14 @@ class WaveMemory:
         written: Sequence[tuple[int, int]] = (),
     ) -> None:
         self.device = device
+        self.shared_start = shared_start
         self.shared_size = shared_size
         self.shared_stride = shared_stride
         self.shared_limit = _power_above(shared_stride)
         # An address below the limit can lie behind the last slot, but in the arena.
         self.shared = Arena(slots * shared_stride + self.shared_limit)
         rows = self.shared.data[: slots * shared_stride].reshape(slots, shared_stride)
-        rows[:, :shared_size] = POISON
+        rows[:, shared_start : shared_start + shared_size] = POISON
         self.local_size = local_size
         self.local_stride = -(-local_size // WIDEST) * WIDEST + WIDEST
         self.local_limit = _power_above(self.local_stride)

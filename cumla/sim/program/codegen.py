@@ -67,6 +67,7 @@ def generate(
     blocks: list[Block],
     ops: dict[int, Op],
     symbols: dict[str, int],
+    ranked: frozenset[str],
     env: Env,
 ) -> Code:
     """Turn the blocks of a kernel into functions.
@@ -74,8 +75,9 @@ def generate(
     Args:
         ops: what each instruction does, by its index; terminators have none.
         symbols: addresses of variables and offsets of parameters.
+        ranked: of these, the variables to whose addresses a block's window is added.
     """
-    return Generator(kernel, blocks, ops, symbols, env).code()
+    return Generator(kernel, blocks, ops, symbols, ranked, env).code()
 
 
 class Generator:
@@ -85,12 +87,14 @@ class Generator:
         blocks: list[Block],
         ops: dict[int, Op],
         symbols: dict[str, int],
+        ranked: frozenset[str],
         env: Env,
     ) -> None:
         self.kernel = kernel
         self.blocks = blocks
         self.ops = ops
         self.symbols = symbols
+        self.ranked = ranked
         self.env = env
         self.numbers = {name: i for i, name in enumerate([*kernel.registers, CONDITION])}
         self.kept = [kept_dtype(k) for k in kernel.registers.values()] + [KEPT["pred"]]

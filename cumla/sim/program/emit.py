@@ -164,10 +164,12 @@ class Writer:
         if isinstance(operand, Immediate):
             return self.array(immediate(operand, dtype), dtype)
         if isinstance(operand, Symbol):
-            return self.array(
-                np.array([self.symbol(ins, operand.name) + operand.offset], np.int64).astype(dtype),
-                dtype,
-            )
+            name = self.symbol_address(ins, operand, 0)
+            if name not in self.names:  # it differs from block to block
+                cast = self.variable()
+                self.line(f"{cast} = {name}.astype({self.dtype(dtype)})")
+                return cast
+            return self.array(self.names[name].astype(dtype), dtype)
         if isinstance(operand, Sink):
             return self.array(np.zeros(1, dtype), dtype)
         raise AssertionError(f"operand {operand} of {ins.text}")
@@ -176,6 +178,16 @@ class Writer:
         if name in SYSTEM_FUNCTIONS:
             return 0
         return self.owner.symbols[name]
+
+    def symbol_address(self, ins: Instruction, symbol: Symbol, offset: int) -> str:
+        """A constant, or a variable, int64: where offset bytes behind a symbol are."""
+        at = np.array([self.symbol(ins, symbol.name) + symbol.offset + offset], np.int64)
+        constant = self.array(at, INT64)
+        if symbol.name not in self.owner.ranked:
+            return constant
+        name = self.variable()
+        self.line(f"{name} = {constant} + c.shared_window")
+        return name
 
     def special(self, ins: Instruction, name: str, dtype: Any) -> str:
         kind, value = SPECIAL[name]
@@ -200,8 +212,7 @@ class Writer:
             start = base.value if isinstance(base, Immediate) else 0
             return self.array(np.array([int(start) + offset], np.int64), INT64)
         if isinstance(base, Symbol):
-            offset += base.offset + self.symbol(ins, base.name)
-            return self.array(np.array([offset], np.int64), INT64)
+            return self.symbol_address(ins, base, offset)
         assert isinstance(base, Register)
         number = self.owner.numbers[base.name]
         key = (number, "addr", offset)

@@ -24,6 +24,11 @@ from cumla.sim.ptx.syntax import (
     Vector,
 )
 
+# From sm_90 on the first KiB of a block's shared memory is the system's, and the block's own
+# addresses begin behind it.
+RESERVED_SHARED = 0x400
+FIRST_RESERVED = 90
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
@@ -31,7 +36,8 @@ class Layout:
 
     Attributes:
         symbols: name -> address in its space (parameters: offset in the parameter block).
-        shared: (name, offset, size) of the variables in shared memory; size 0 is dynamic memory.
+        shared: (name, address, size) of the variables in shared memory; size 0 is dynamic memory.
+        shared_start: address of the first byte of shared memory that a block owns.
         shared_size: bytes of static shared memory.
         local_size: bytes of local memory of a lane.
         local_params: (offset, size) in local memory of the parameters of calls.
@@ -40,6 +46,7 @@ class Layout:
 
     symbols: dict[str, int]
     shared: list[tuple[str, int, int]]
+    shared_start: int
     shared_size: int
     local_size: int
     local_params: list[tuple[int, int]]
@@ -55,8 +62,10 @@ def _place(variables: list[Variable], start: int = 0) -> tuple[dict[str, int], i
     return at, start
 
 
-def lay_out(module: Module, kernel: FlatKernel, globals_at: Mapping[str, int]) -> Layout:
-    """Give every variable that a kernel can name its address."""
+def lay_out(
+    module: Module, kernel: FlatKernel, globals_at: Mapping[str, int], target: int
+) -> Layout:
+    """Give every variable that a kernel can name its address on a device of this capability."""
     symbols = dict(globals_at)
     params, param_size = _place(kernel.parameters)
     own = kernel.variables
@@ -66,10 +75,11 @@ def lay_out(module: Module, kernel: FlatKernel, globals_at: Mapping[str, int]) -
     shared += [v for v in module.variables.values() if v.space == "shared" and v.name in mentioned]
     static = [v for v in shared if v.size]
     dynamic = [v for v in shared if not v.size]
-    shared_at, shared_size = _place(static)
+    shared_start = RESERVED_SHARED if target >= FIRST_RESERVED else 0
+    shared_at, shared_end = _place(static, shared_start)
     # All unsized variables share the dynamic memory, which begins behind the static variables.
     align = max([v.align for v in dynamic], default=16)
-    start = -(-shared_size // align) * align
+    start = -(-shared_end // align) * align
     shared_at.update({v.name: start for v in dynamic})
     local_at, local_size = _place([v for v in own if v.space == "local"])
     symbols.update(params)
@@ -77,9 +87,17 @@ def lay_out(module: Module, kernel: FlatKernel, globals_at: Mapping[str, int]) -
     symbols.update(local_at)
     rows = [(v.name, shared_at[v.name], v.size) for v in shared]
     if dynamic:
-        shared_size = start
+        shared_end = start
     passed = [(local_at[v.name], v.size) for v in own if v.name in kernel.call_parameters]
-    return Layout(symbols, rows, shared_size, -(-local_size // 16) * 16, passed, param_size)
+    return Layout(
+        symbols,
+        rows,
+        shared_start,
+        shared_end - shared_start,
+        -(-local_size // 16) * 16,
+        passed,
+        param_size,
+    )
 
 
 def _symbols(ins: Instruction) -> set[str]:
@@ -159,6 +177,7 @@ def prepare(module: Module, entry: Function, env: Env, globals_at: Mapping[str, 
     ops, problems = look_up(kernel, env)
     if problems:
         raise refuse({kernel.name: problems})
-    layout = lay_out(module, kernel, globals_at)
+    layout = lay_out(module, kernel, globals_at, env.target)
     blocks = basic_blocks(kernel)
-    return Prepared(kernel, layout, generate(kernel, blocks, ops, layout.symbols, env))
+    ranked = frozenset(name for name, _, _ in layout.shared) if env.cluster else frozenset()
+    return Prepared(kernel, layout, generate(kernel, blocks, ops, layout.symbols, ranked, env))

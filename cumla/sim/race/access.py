@@ -13,6 +13,7 @@ import numpy as np
 
 from cumla.sim.cohort import Array
 from cumla.sim.race.clocks import Clocks
+from cumla.sim.race.fences import ProxyFences
 from cumla.sim.race.lanes import Lanes
 from cumla.sim.race.layout import SPECIAL, SPLIT
 from cumla.sim.race.log import ends
@@ -33,22 +34,39 @@ class Step:
 
     Attributes:
         values: [n] the state that each lane would leave.
+        proxy: the access is made by the asynchronous proxy, on behalf of the lanes.
         limit: 0-d; states below it need not be looked at.
     """
 
-    __slots__ = ("lanes", "limit", "shadow", "site", "stamp", "values")
+    __slots__ = ("lanes", "limit", "proxy", "shadow", "site", "stamp", "values")
 
-    def __init__(self, shadow: Shadow, site: Site, stamp: int, lanes: Lanes, values: Array) -> None:
+    def __init__(
+        self,
+        shadow: Shadow,
+        site: Site,
+        stamp: int,
+        lanes: Lanes,
+        values: Array,
+        proxy: bool = False,
+    ) -> None:
         self.shadow = shadow
         self.site = site
         self.stamp = stamp
         self.lanes = lanes
         self.values = values
-        self.limit = _ANYTHING if shadow.paged else lanes.limit
+        self.proxy = proxy
+        self.limit = _ANYTHING if shadow.crossed or proxy else lanes.limit
 
     def take(self, which: Array) -> Step:
         """The access by some lanes, in any order and number."""
-        return Step(self.shadow, self.site, self.stamp, self.lanes.take(which), self.values[which])
+        return Step(
+            self.shadow,
+            self.site,
+            self.stamp,
+            self.lanes.take(which),
+            self.values[which],
+            self.proxy,
+        )
 
 
 class Accesses:
@@ -58,12 +76,17 @@ class Accesses:
     broadcasts to either.
     """
 
-    def __init__(self, clocks: Clocks, reports: Reports, stride: int) -> None:
+    def __init__(
+        self, clocks: Clocks, proxy: ProxyFences, reports: Reports, stride: int, start: int
+    ) -> None:
+        """stride, start: bytes from a block's shared memory to the next, and before its own."""
         self.layout = reports.layout
         self.clocks = clocks
         self.reports = reports
         self.observations = Observations(self.layout, clocks, reports.history)
+        self.proxy = proxy
         self.stride = stride
+        self.start = start
 
     def run(self, step: Step, offsets: Array, nbytes: int) -> None:
         """Access nbytes bytes at the byte offset of each lane."""
@@ -125,10 +148,10 @@ class Accesses:
             if found:
                 if found == read.size and not site.strength:
                     # What many lanes read over and over: there is nothing to decide.
-                    flags = layout.all_cross if step.shadow.paged else layout.all_wide
+                    flags = layout.all_cross if step.shadow.crossed else layout.all_wide
                     if _count((reads & flags) == flags) == found:
                         level.log.add(step.stamp, cells, values)
-                        level.reads[cells] = values | flags
+                        level.reads[cells] = values | flags | (reads & SPECIAL)
                         return
                 values = self._together(level, cells, step, reads, read, writes if recent else None)
             if recent and site.strength:
@@ -165,7 +188,7 @@ class Accesses:
             near = (apart & layout.warp_alone) == 0
             near &= states < lanes.warp_limits
             need &= ~near
-        if (step.shadow.paged or not lanes.even) and _count(need):
+        if (step.shadow.crossed or not lanes.even) and _count(need):
             near = (apart & layout.block_alone) == 0
             near &= states < lanes.limits
             need &= ~near
@@ -205,9 +228,9 @@ class Accesses:
         if _count(many) or _count(pending):
             bad = pending & ~many
             rest = (~many & ~bad).nonzero()[0]
-            bad[rest] = self._unknown(states[rest], gids[rest])
+            bad[rest] = self._unknown(states[rest], gids[rest], step)
         else:
-            bad = self._unknown(states, gids)
+            bad = self._unknown(states, gids, step)
         if not (_count(bad) or _count(many)):
             return
         threads, cells = step.lanes.threads[lane], cells.reshape(-1)[at]
@@ -221,10 +244,30 @@ class Accesses:
                 ended = ended[many]
             self._consult(level, cells[many], gids[many], threads[many], step, ended)
 
-    def _unknown(self, states: Array, gids: Array) -> Array:
+    def _unknown(self, states: Array, gids: Array, step: Step) -> Array:
         """Whether each lane does not know the one access that left each state."""
+        threads = states & self.layout.threads
         stamps = (states & self.layout.stamps) >> self.layout.stamp_shift
-        return ~self.clocks.known(gids, states & self.layout.threads, stamps)
+        unknown = ~self.clocks.known(gids, threads, stamps)
+        if step.proxy:
+            unknown |= self._unfenced(states, gids, step)
+        return unknown
+
+    def _unfenced(self, states: Array, gids: Array, step: Step) -> Array:
+        """Which states are writes of threads that no proxy fence made known to the lanes' copies.
+
+        PTX ISA "Causality order": operations through different proxies are ordered only with a
+        proxy fence along the way from one to the other. That reads come before later copies into
+        the same memory takes no such fence in CUDA's own programs, so it takes none here.
+        """
+        unfenced = np.zeros(states.shape, np.bool_)
+        if not step.proxy:
+            return unfenced
+        layout = self.layout
+        at = np.flatnonzero((states & layout.write != 0) & (states & layout.locals < layout.lanes))
+        stamps = (states[at] & layout.stamps) >> layout.stamp_shift
+        unfenced[at] = ~self.proxy.known(gids[at], states[at] & layout.threads, stamps)
+        return unfenced
 
     def _known_by_warps(self, noted: Array | None, gids: Array, ended: Array) -> Array:
         """Whether each lane knows all that any warp did up to its last read, noted, of a cell."""
@@ -265,8 +308,7 @@ class Accesses:
         need = ((states & layout.write) == kind) & ((states ^ mine) & layout.threads != 0)
         need &= (stamps >= last[i]) & ~self._exempt(states, mine, step.site.strength)
         i, states = i[need], states[need]
-        stamps = stamps[need] >> layout.stamp_shift
-        bad = ~self.clocks.known(gids[i], states & layout.threads, stamps)
+        bad = self._unknown(states, gids[i], step)
         i, states = i[bad], states[bad]
         if i.shape[0]:
             self._report(level, cells[i], states, gids[i], threads[i], step)
@@ -300,10 +342,10 @@ class Accesses:
         flags = np.multiply(merge, layout.many_flag)
         apart = states ^ step.lanes.threads
         flags |= np.multiply(merge & ((apart & layout.warp_alone) != 0), layout.wide_flag)
-        if step.shadow.paged:
+        if step.shadow.crossed:
             flags |= np.multiply(merge & ((apart & layout.block_alone) != 0), layout.cross_flag)
         if not strength:
-            return values | flags
+            return values | flags | np.where(merge, states & SPECIAL, 0)
         least = np.minimum(before, strength) << layout.strength_shift
         together = (values & ~layout.strengths) | least | flags | (states & SPECIAL)
         return np.where(merge, together, values)
@@ -357,5 +399,9 @@ class Accesses:
         cells, states, gids, threads = cells[fresh], states[fresh], gids[fresh], threads[fresh]
         offsets = shadow.offsets(level, cells)
         if not shadow.paged:
-            offsets = offsets - gids // self.clocks.threads.lanes * self.stride
-        self.reports.add(shadow.space, offsets, level.width, states, threads, step.site)
+            offsets = offsets % self.stride - self.start
+        conflicts = shadow.space, offsets, level.width, states, threads, step.site
+        if step.proxy:
+            self.reports.add(*conflicts, self._unfenced(states, gids, step))
+        else:
+            self.reports.add(*conflicts)

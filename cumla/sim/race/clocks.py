@@ -103,7 +103,7 @@ class Clocks:
         else:
             ok = np.zeros(gids.shape[0], np.bool_)
         ok |= near & (stamps <= self.block.take(gids)) & (local < layout.lanes)
-        ok |= apart == 0
+        ok |= self._itself(gids, apart, stamps)
         ok |= (apart >> 5 == 0) & (stamps <= self.warp.take(gids))
         if self.abroad is not None:
             rest = np.flatnonzero(~near)
@@ -112,14 +112,22 @@ class Clocks:
                 ok[rest] = self.abroad.knows(gids[rest], blocks, local[rest], stamps[rest])
         return ok
 
+    def _itself(self, gids: Array, apart: Array, stamps: Array) -> Array:
+        """[n] bool: where apart is 0, whether the lane knows what it did itself up to stamps."""
+        return apart == 0
+
     def known_warps(self, gids: Array) -> Array:
-        """[n, warps] up to which stamp each lane knows all threads of each warp of its block."""
+        """[n, warps + 1] up to which stamp each lane knows all threads of each warp of its block.
+
+        The last column is of the threads that stand for copies.
+        """
         threads = self.threads
         runs = Groups.runs(gids, self.row[gids], gids // WARP)
         first = gids[runs.starts]
-        rows = self.rows.data[self.row[first], : threads.lanes]
+        rows = self.rows.data[self.row[first]]
         known = rows.reshape(first.shape[0], -1, WARP).min(axis=2)
-        np.maximum(known, self.block[first, None], out=known, casting="same_kind")
+        warps = known[:, :-1]
+        np.maximum(warps, self.block[first, None], out=warps, casting="same_kind")
         at = np.arange(first.shape[0]), threads.local[first] // WARP
         known[at] = np.maximum(known[at], self.warp[first])
         return np.repeat(known, runs.counts, axis=0)
@@ -211,6 +219,20 @@ class Clocks:
         """A lane gets to know a copy of its block."""
         self.copies = self._rowed = True
         self.row[gid] = self._with(int(self.row[gid]), agent, stamp)
+
+    def learn_all(self, gids: Array, agents: Array, stamp: int) -> None:
+        """Each lane gets to know what a copy of its block did up to a stamp."""
+        self.copies = self._rowed = True
+        numbers = self.row[gids]
+        width = self.rows.data.shape[1]
+        pairs, which = np.unique(numbers * width + agents, return_inverse=True)
+        old, agent = pairs // width, pairs % width
+        fresh = np.flatnonzero(self.rows.data[old, agent] < stamp)
+        if fresh.shape[0]:
+            rows = self.rows.data[old[fresh]]
+            rows[np.arange(fresh.shape[0]), agent[fresh]] = stamp
+            old[fresh] = self.rows.add(rows)
+            self.row[gids] = old[which]
 
     def _with(self, number: int, agent: int, stamp: int) -> int:
         row = self.rows.data[number].copy()

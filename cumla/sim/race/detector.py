@@ -12,7 +12,7 @@ from cumla.sim.race.access import Accesses, Step
 from cumla.sim.race.clocks import Clocks, Rows
 from cumla.sim.race.copies import Agents, Copy, pending
 from cumla.sim.race.lanes import Groups, Lanes, Threads
-from cumla.sim.race.layout import SPECIAL, Layout
+from cumla.sim.race.layout import SPECIAL, SPLIT, Layout
 from cumla.sim.race.order import MemoryOrder, Places
 from cumla.sim.race.report import History, Race, Reports, Site
 from cumla.sim.race.shadow import Shadow
@@ -36,12 +36,14 @@ class RaceDetector:
     What is kept of reads by many threads is bounded (`Log.limit`): beyond it a race may be missed.
 
     An atomic counts as a write, also a compare-and-swap that fails. Not looked at is whether
-    strong accesses that overlap in part do so wholly (PTX ISA "Morally strong operations", 3),
-    and proxies.
+    strong accesses that overlap in part do so wholly (PTX ISA "Morally strong operations", 3).
+    Of proxies the asynchronous one is told apart, see `asynchronous`.
     """
 
-    def __init__(self, wave: Wave) -> None:
+    def __init__(self, wave: Wave, end: Instruction | None = None) -> None:
+        """end: the instruction at which blocks exit, for the messages about those of clusters."""
         blocks = wave.grid[0] * wave.grid[1] * wave.grid[2]
+        self._end = end
         self._layout = Layout(blocks, wave.lanes_per_block)
         self._history = History(self._layout, blocks)
         self._reports = Reports(wave, self._layout, self._history)
@@ -60,9 +62,12 @@ class RaceDetector:
         self._places.forget_shared()
         self._order = MemoryOrder(threads, rows, clocks, self._history, self._places)
         self._agents = Agents(self._layout)
-        warps = self._layout.lanes // WARP
+        # In a cluster other blocks access a block's shared memory, too.
+        warps = self._layout.lanes // WARP if wave.cluster_size == 1 else 0
         self._shared = Shadow("shared", self._layout, slots * wave.shared_stride, _LOG_LIMIT, warps)
-        self._accesses = Accesses(clocks, self._reports, wave.shared_stride)
+        self._accesses = Accesses(
+            clocks, self._order.proxy, self._reports, wave.shared_stride, wave.shared_start
+        )
         self._lanes: dict[int, Lanes] = {}
         self._warps_met = False
         self._log_short = _LOG_SHORT  # a shared log is not looked through before it is longer
@@ -137,6 +142,40 @@ class RaceDetector:
         self._lanes.clear()
         self._shorten_logs()
 
+    def exited(self, gids: Array) -> None:
+        """The lanes have exited: of a block that has no others its shared memory is gone."""
+        lanes = self._layout.lanes
+        for slot in np.unique(gids // lanes).tolist():
+            if self._end is not None and not self._wave.live[slot * lanes :][:lanes].any():
+                self._block_exited(slot, self._end)
+
+    def _block_exited(self, slot: int, end: Instruction) -> None:
+        """Find accesses of other blocks to the block's shared memory that its exit may precede."""
+        layout, lanes = self._layout, self._layout.lanes
+        stride, start = self._wave.shared_stride, self._wave.shared_start
+        gids = np.arange(slot * lanes, (slot + 1) * lanes)
+        own = int(self._threads.thread[gids[0]])
+        known = None if self._clocks.abroad is None else self._clocks.abroad.together(gids)
+        site = self._history.site(end, "exit", "weak", "cta")
+        self._history.begin(site)
+        for level in self._shared.words.levels():
+            width = level.width
+            at = np.arange(slot * stride // width, (slot + 1) * stride // width)
+            which, states = level.log.find(at, level.writes)
+            cells = np.concatenate([at, at, at[which]])
+            states = np.concatenate([level.writes[at], level.reads[at], states])
+            bad = (states != 0) & (states < SPLIT) & ((states ^ own) & layout.blocks != 0)
+            cells, states = cells[bad], states[bad]
+            if known is not None:
+                threads, stamps = states & layout.threads, states & layout.stamps
+                blocks, locals_ = threads >> layout.local_bits, threads & layout.locals
+                bad = ~known.knows(blocks, locals_, stamps >> layout.stamp_shift)
+                cells, states = cells[bad], states[bad]
+            if cells.shape[0]:
+                threads = np.full(cells.shape[0], own)
+                offsets = cells * width % stride - start
+                self._reports.add("shared", offsets, width, states, threads, site)
+
     def warp_sync(self, cohort: Cohort, membermask: Array) -> None:
         """Lanes of one warp that are here and have the same mask meet, as in bar.warp.sync."""
         gids = cohort.gids
@@ -194,6 +233,71 @@ class RaceDetector:
             groups = groups.padded(size)
         for clocks in flows:
             clocks.meet_all(groups, size == self._layout.lanes, now)
+
+    def asynchronous(
+        self,
+        ins: Instruction,
+        issuers: Array,
+        agents: Array,
+        space: str,
+        kind: str,
+        offsets: Array,
+        rows: Array,
+        nbytes: int,
+    ) -> int:
+        """The asynchronous proxy accesses memory on behalf of lanes: bulk copies, wgmma.
+
+        Ordered before that is what the issuer knows; of what threads wrote, only what a proxy fence
+        covered. Ordered after it is nothing until `completed` or `completed_to` is called.
+
+        Args:
+            issuers: [m] the lanes.
+            agents: [m] names of the queues that do the work, any int64: what one does is known up
+                to a stamp, and reads of one follow each other.
+            space: "shared" or "global".
+            kind: "read" or "write".
+            offsets: [k] byte offsets in the arena of the space, of nbytes bytes each.
+            rows: [k] which of the issuers each is for.
+
+        Returns:
+            The stamp of these accesses.
+        """
+        name = "asynchronous read" if kind == "read" else "asynchronous copy"
+        site = self._history.site(ins, name, "weak", "cta")
+        shadow = self._shared if space == "shared" else self._global
+        state = self._history.begin(site) | SPECIAL
+        blocks = self._threads.block[issuers] << self._layout.local_bits
+        who = blocks | self._locals(issuers, agents)
+        # Writes of one queue are not in order: nobody's is what is compared with the others.
+        alike = who if kind == "read" else blocks | self._layout.nobody
+        nothing = np.ones(issuers.shape[0], np.int64)
+        lanes = Lanes(issuers, alike, nothing[0], nothing, None, even=False)
+        step = Step(shadow, site, self._history.now, lanes, who | state, proxy=True)
+        self._run(step.take(rows), offsets, nbytes)
+        return self._history.now
+
+    def _locals(self, gids: Array, agents: Array) -> Array:
+        """[m] the local threads that stand for queues of the lanes' blocks."""
+        blocks = self._threads.block[gids].tolist()
+        pairs = zip(blocks, agents.tolist(), strict=True)
+        return np.array([self._agents.of(block, agent) for block, agent in pairs], np.int64)
+
+    def completed(self, gids: Array, agents: Array, stamp: int) -> None:
+        """Lane gids[i] knows what queue agents[i] of its block did up to the stamp."""
+        self._order.changes += 1
+        self._lanes.clear()
+        self._clocks.learn_all(gids, self._locals(gids, agents), stamp)
+
+    def completed_to(self, keys: Array, issuers: Array, agents: Array, stamp: int) -> None:
+        """Whoever acquires keys[i] knows what queue agents[i] of the issuer's block did."""
+        blocks = self._threads.block[issuers].tolist()
+        locals_ = self._locals(issuers, agents).tolist()
+        for key, block, agent in zip(keys.tolist(), blocks, locals_, strict=True):
+            self._clocks.tell(key, block, agent, stamp)
+
+    def proxy_fence(self, cohort: Cohort) -> None:
+        """The lanes execute fence.proxy.async."""
+        self._order.proxy_fence(cohort.gids)
 
     def fence(self, cohort: Cohort, scope: str, order: str) -> None:
         """The lanes execute a fence: "acq_rel", "sc", "acquire" or "release", of a scope."""

@@ -1,4 +1,4 @@
-"""What each lane knew at its last fence."""
+"""What each lane knew at its last fence, and at its last proxy fence."""
 
 from __future__ import annotations
 
@@ -90,3 +90,14 @@ class FenceClocks(Clocks):
     def meet_all(self, groups: Groups, blocks: bool, now: int) -> None:
         """Each group's lanes met."""
         self.meet_some(groups, now)
+
+
+class ProxyFences(FenceClocks):
+    """What each lane's asynchronous copies know of what threads wrote: what a proxy fence covered.
+
+    PTX ISA "fence.proxy": a fence by any thread on the way from the write to the copy will do, so
+    these clocks, too, go along whenever lanes synchronise.
+    """
+
+    def _itself(self, gids: Array, apart: Array, stamps: Array) -> Array:
+        return (apart == 0) & (stamps <= self.own.take(gids))

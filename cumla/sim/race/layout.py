@@ -9,7 +9,8 @@ from cumla.sim.errors import LaunchError
 
 SPECIAL = 1 << 62  # a state that no barrier alone can make harmless
 SPLIT = SPECIAL | 1 << 61  # the cell is divided: its halves hold the states
-COPY_AGENTS = 32  # threads added to each block that stand for asynchronous copies
+# Threads added to each block that stand for asynchronous copies; as many as a warp has lanes.
+COPY_AGENTS = 32
 
 
 class Layout:
@@ -32,13 +33,15 @@ class Layout:
         wide: the many are of more than one warp.
         cross: the many are of more than one block.
         pending: an asynchronous copy that has not landed.
+        nobody: the local number of no thread.
         not_own, warp_alone, block_alone: what must be zero in `state ^ thread` for the state to
             be of the thread alone, or of threads of its warp, or of its block.
     """
 
     def __init__(self, blocks: int, lanes: int) -> None:
         self.lanes = lanes
-        self.local_bits = (lanes + COPY_AGENTS - 1).bit_length()
+        self.nobody = lanes + COPY_AGENTS
+        self.local_bits = self.nobody.bit_length()
         bits = self.local_bits + max(blocks - 1, 1).bit_length()
         self.threads = (1 << bits) - 1
         self.locals = (1 << self.local_bits) - 1

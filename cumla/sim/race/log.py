@@ -89,14 +89,14 @@ class Log:
         self._forget(done)
 
     def reads_by_warp(self, cells: Array, writes: Array) -> Array | None:
-        """[n, warps] the stamp of each warp's last read of cells [n] that was added; None: none.
+        """[n, warps + 1] the stamp of each warp's last read of cells [n] added; None: none.
 
         writes: the last ones of all cells of the level.
         """
         self._note(writes.shape[0])
         if self._by_warp is None:
             return None
-        return self._by_warp.reshape(-1, self.warps)[cells]
+        return self._by_warp.reshape(-1, self.warps + 1)[cells]
 
     def _note(self, cells: int) -> None:
         if not self.warps:
@@ -105,10 +105,13 @@ class Log:
         for _, at, states in self._recent[self._noted :]:
             if states.flat[0] & layout.write:
                 continue
+            # What stands for copies is one more warp.
+            warps = self.warps + 1
             if self._by_warp is None:
-                self._by_warp = np.zeros(cells * self.warps, np.int32)
+                self._by_warp = np.zeros(cells * warps, np.int32)
             warp = (states & layout.locals) >> _WARP_SHIFT
-            self._by_warp[at * self.warps + warp] = states >> layout.stamp_shift
+            stamps = (states & layout.stamps) >> layout.stamp_shift
+            self._by_warp[at * warps + warp] = stamps
         self._noted = len(self._recent)
 
     def _settle(self, writes: Array) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from cumla.sim.cohort import Array
 from cumla.sim.race.clock import Clock, merged
 from cumla.sim.race.clocks import Clocks, Rows
-from cumla.sim.race.fences import FenceClocks
+from cumla.sim.race.fences import FenceClocks, ProxyFences
 from cumla.sim.race.lanes import Groups, Threads
 from cumla.sim.race.report import History, Site
 
@@ -77,7 +77,8 @@ class MemoryOrder:
     """The fences and strong accesses of the lanes of a wave.
 
     Attributes:
-        flows: the clocks that go along when lanes meet: those of fences, narrow and wide.
+        flows: the clocks that go along when lanes meet: those of fences, narrow, wide and proxy.
+        proxy: the clocks of proxy fences.
         changes: counts what may change the effect of an access. Who lets lanes meet or acquire
             adds to it.
     """
@@ -89,6 +90,7 @@ class MemoryOrder:
         self.clocks = clocks
         self.history = history
         self.flows: list[FenceClocks] = []
+        self.proxy = ProxyFences(threads, rows)
         self.changes = 0
         self._idle: dict[tuple[int, bytes, bytes], int] = {}
         self._rows = rows
@@ -117,6 +119,13 @@ class MemoryOrder:
                 self._wide = FenceClocks(self.threads, self._rows)
                 self.flows.append(self._wide)
             self._wide.fence(gids, self.clocks, now)
+
+    def proxy_fence(self, gids: Array) -> None:
+        """The lanes execute fence.proxy.async."""
+        self.changes += 1
+        if self.proxy not in self.flows:
+            self.flows.append(self.proxy)
+        self.proxy.fence(gids, self.clocks, self.history.now)
 
     def barrier(self, gids: Array) -> None:
         """The lanes are about to meet at a barrier of their block.

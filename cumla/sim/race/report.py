@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from cumla.sim.wave import Wave
 
 Triple = tuple[int, int, int]
+_READS = ("read", "asynchronous read")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +24,8 @@ class Access:
     """One of the two accesses of a race.
 
     Attributes:
-        kind: "read", "write", "atomic" or "asynchronous copy".
+        kind: "read", "write", "atomic", "asynchronous copy", "asynchronous read", or "exit" of the
+            block whose shared memory it is.
         thread: None for a copy that nobody waited for by itself, only through an mbarrier.
         line: source line, "file.cu:12", or the PTX line where there is no line information.
         text: the PTX instruction.
@@ -90,7 +92,8 @@ class Site:
 
     Attributes:
         number: among all sites of the launch.
-        kind: "read", "write", "atomic" or "asynchronous copy".
+        kind: "read", "write", "atomic", "asynchronous copy", "asynchronous read", or "exit" of the
+            block whose shared memory it is.
         strength: 0: weak; 1: strong, for threads of one block; 2: strong for all.
         flags: of the states that it leaves, the stamp and thread left out.
     """
@@ -104,7 +107,7 @@ class Site:
 
     @property
     def writes(self) -> bool:
-        return self.kind != "read"
+        return self.kind not in _READS
 
 
 class History:
@@ -135,7 +138,7 @@ class History:
             else:
                 strength = 1 if scope == "cta" and order != "volatile" else 2
             flags = strength << self.layout.strength_shift
-            if kind != "read":
+            if kind not in _READS:
                 flags |= self.layout.write
             site = Site(len(self._sites), ins, kind, order, strength, flags)
             if site.number >= self._atomic.shape[0]:
@@ -190,9 +193,19 @@ class Reports:
         self.races: dict[tuple[str, int, int], Race] = {}
 
     def add(
-        self, space: str, offsets: Array, nbytes: int, states: Array, threads: Array, site: Site
+        self,
+        space: str,
+        offsets: Array,
+        nbytes: int,
+        states: Array,
+        threads: Array,
+        site: Site,
+        unfenced: Array | None = None,
     ) -> None:
-        """Conflicts of a site's accesses by threads with earlier ones that left these states."""
+        """Conflicts of a site's accesses by threads with earlier ones that left these states.
+
+        unfenced: where what may be missing is a proxy fence.
+        """
         stamps = (states & self.layout.stamps) >> self.layout.stamp_shift
         numbers = self.history.sites_at(stamps)
         for number in np.unique(numbers).tolist():
@@ -216,6 +229,7 @@ class Reports:
                 int(threads[i]),
                 site,
                 at.shape[0],
+                unfenced is not None and bool(unfenced[i]),
             )
 
     def _apart(self, states: Array, threads: Array) -> Array:
@@ -224,16 +238,23 @@ class Reports:
         return (apart >> 5 != 0) + (apart >> self.layout.local_bits != 0).astype(np.int64)
 
     def _race(
-        self, space: str, offset: int, nbytes: int, state: int, thread: int, site: Site, count: int
+        self,
+        space: str,
+        offset: int,
+        nbytes: int,
+        state: int,
+        thread: int,
+        site: Site,
+        count: int,
+        unfenced: bool,
     ) -> Race:
         layout = self.layout
         before = self.history.site_at((state & layout.stamps) >> layout.stamp_shift)
         other = state & layout.threads
         first = self._access(before, other)
         second = self._access(site, thread)
-        return Race(
-            space, offset, nbytes, first, second, self._hint(state, thread, before, site), count
-        )
+        hint = self._hint(space, state, thread, before, site, unfenced)
+        return Race(space, offset, nbytes, first, second, hint, count)
 
     def _access(self, site: Site, thread: int) -> Access:
         local = thread & self.layout.locals
@@ -241,16 +262,24 @@ class Reports:
         who = _unravel(local, self.block) if local < self.layout.lanes else None
         return Access(site.kind, who, block, site.ins.where, site.ins.text)
 
-    def _hint(self, state: int, thread: int, before: Site, site: Site) -> str:
+    def _hint(
+        self, space: str, state: int, thread: int, before: Site, site: Site, unfenced: bool
+    ) -> str:
         layout = self.layout
         other = state & layout.threads
-        if state >= SPECIAL and before.kind == "asynchronous copy":
-            return "the asynchronous copy was not waited for"
+        if site.kind == "exit":
+            return "the block may be gone before: barrier.cluster missing before its end"
+        if state >= SPECIAL and before.kind.startswith("asynchronous"):
+            return f"the {before.kind} was not waited for"
+        if unfenced:
+            return "fence.proxy.async missing between them"
         if (state & layout.stamps) >> layout.stamp_shift == self.history.now:
             return "both threads write in one instruction"
         if other >> layout.local_bits != thread >> layout.local_bits:
             if before.strength and site.strength:
                 return "a scope of .cta does not include the other block"
+            if space == "shared":
+                return "barrier.cluster, or an mbarrier of the other block, missing between them"
             return (
                 "between blocks only a release (__threadfence before an atomic) and an acquire "
                 "order accesses"

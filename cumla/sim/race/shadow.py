@@ -96,6 +96,7 @@ class Shadow:
 
     Attributes:
         space: "shared" or "global".
+        crossed: threads of several blocks may access the same bytes.
         words: the level of whole words.
     """
 
@@ -105,10 +106,11 @@ class Shadow:
         Args:
             size: of the arena in bytes; None: it may be anything, keep only pages in use.
             limit: of the entries of each log.
-            warps: of a block, if the bytes are of one block each.
+            warps: of a block, if the bytes are accessed by one block each.
         """
         self.space = space
         self.paged = size is None
+        self.crossed = not warps
         words = _FIRST_WORDS if size is None else -(-size // WORD)
         self.words = Level(WORD, words, Log(layout, limit, warps))
         self._deltas = np.full(64, _NOWHERE, np.int64)
