@@ -26,8 +26,10 @@ from cumla.sim.errors import (
     SimError,
     UnsupportedPTX,
 )
+from cumla.sim.grid import Launch
 from cumla.sim.memory import DeviceArray
-from cumla.sim.module import Kernel, Launch, LoadedModule
+from cumla.sim.module import Kernel, LoadedModule
+from cumla.sim.stream import Stream
 
 __all__ = [
     "Deadlock",
@@ -44,6 +46,7 @@ __all__ = [
     "PTXSyntaxError",
     "RaceError",
     "SimError",
+    "Stream",
     "UnsupportedPTX",
     "load",
 ]

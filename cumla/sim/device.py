@@ -11,6 +11,7 @@ from cumla.sim.errors import LaunchError
 from cumla.sim.memory import DeviceArray, DeviceMemory
 from cumla.sim.module import LoadedModule
 from cumla.sim.ptx import parse
+from cumla.sim.stream import Stream
 
 # Shared memory that one block may have, and that an SM has, in bytes; CUDA C Programming Guide,
 # "Technical Specifications per Compute Capability".
@@ -72,6 +73,10 @@ class Device:
     def load(self, ptx: str) -> LoadedModule:
         """Load a module; UnsupportedPTX lists every instruction that cannot be run."""
         return LoadedModule(self, parse(ptx))
+
+    def stream(self, start: str | None = None) -> Stream:
+        """A stream of launches, which may be programmatic dependent ones: see `Stream`."""
+        return Stream(self, start)
 
     def resident_blocks(self, lanes: int, shared: int) -> int:
         """How many blocks of so many lanes and bytes of shared memory the device runs at a time."""

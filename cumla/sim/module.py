@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cumla.sim.arguments import marshal
-from cumla.sim.counters import Counters
-from cumla.sim.errors import Deadlock, LaunchError, RaceError
+from cumla.sim.errors import LaunchError
+from cumla.sim.grid import Grid, Launch
 from cumla.sim.isa.table import Env
 from cumla.sim.memory import DeviceArray
 from cumla.sim.program.inline import flatten
 from cumla.sim.program.prepare import Prepared, look_up, prepare, refuse
 from cumla.sim.ptx.syntax import Function, Module, Variable
-from cumla.sim.race import RaceDetector
-from cumla.sim.scheduler import Scheduler
-from cumla.sim.wave import Geometry, Wave
+from cumla.sim.wave import Geometry
 
 if TYPE_CHECKING:
     from cumla.sim.device import Device
@@ -35,21 +30,6 @@ WAVE_BYTES = 1 << 30
 # CUDA C Programming Guide "Thread Block Clusters": 8 is portable, Hopper allows 16.
 MAX_CLUSTER = 16
 FIRST_CLUSTERS = 90
-
-
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """What a launch left behind.
-
-    Attributes:
-        kernel: its name.
-        printed: what it printed.
-        counters: the counters, if they were asked for.
-    """
-
-    kernel: str
-    printed: str
-    counters: Counters | None
 
 
 class LoadedModule:
@@ -166,6 +146,34 @@ class Kernel:
             LaunchError: for arguments that cannot be; nothing has run.
             MemoryFault, RaceError, Deadlock, KernelTrap, KernelAssert: what the kernel did.
         """
+        return self.configure(
+            grid,
+            block,
+            args,
+            shared_bytes=shared_bytes,
+            checks=checks,
+            counters=counters,
+            delivery=delivery,
+            seed=seed,
+            wave_blocks=wave_blocks,
+            cluster=cluster,
+        ).run()
+
+    def configure(
+        self,
+        grid: int | Sequence[int],
+        block: int | Sequence[int],
+        args: Sequence[Any] = (),
+        *,
+        shared_bytes: int = 0,
+        checks: Collection[str] = ("memory",),
+        counters: bool = False,
+        delivery: str = "eager",
+        seed: int = 0,
+        wave_blocks: int | None = None,
+        cluster: int | Sequence[int] | None = None,
+    ) -> Grid:
+        """A launch that has not begun; arguments and LaunchError as for `launch`."""
         device = self.owner.device
         grid3, block3 = dimensions("grid", grid), dimensions("block", block)
         unknown = set(checks) - CHECKS
@@ -200,8 +208,6 @@ class Kernel:
             cluster3,
             explicit,
         )
-        counted = Counters(prepared.kernel, geometry) if counters else None
-        printed: list[str] = []
         rng = np.random.default_rng(seed)
         clusters = rng.permutation(geometry.blocks // geometry.cluster_size)
         order = geometry.cluster_blocks(clusters)
@@ -209,42 +215,7 @@ class Kernel:
         if size < 1:
             raise LaunchError(f"wave_blocks: got {wave_blocks}; at least one block must run")
         size = max(size // geometry.cluster_size, 1) * geometry.cluster_size
-        race: RaceDetector | None = None
-        keep_freed_memory()
-        try:
-            with np.errstate(all="ignore"):
-                for start in range(0, geometry.blocks, size):
-                    wave = Wave(
-                        device,
-                        geometry,
-                        order[start : start + size],
-                        delivery=delivery,
-                        rng=rng,
-                        counters=counted,
-                        printed=printed,
-                    )
-                    if env.check_race:
-                        if race is None:
-                            race = RaceDetector(wave, prepared.kernel.instructions[-1])
-                        else:
-                            race.next_wave(wave)
-                        wave.race = race
-                    Scheduler(prepared.code, wave).run()
-                    wave.memory.release()
-        except Deadlock as error:
-            # Who waits for ever may do so because of a race.
-            if race is None or not race.races():
-                raise
-            raise Deadlock(f"{error}\nraces found before:\n{listed(race)}") from None
-        finally:
-            text = "".join(printed)
-            sys.stdout.write(text)
-        device.launches += 1
-        if race is not None and race.races():
-            found = tuple(str(r) for r in race.races())
-            number = "a race" if len(found) == 1 else f"{len(found)} races"
-            raise RaceError(f"kernel {self.name}: {number}\n{listed(race)}", found)
-        return Launch(self.name, text, counted)
+        return Grid(device, prepared, geometry, env, order, size, rng, keep=args)
 
     def check_block(self, block: tuple[int, int, int], static: int, dynamic: int) -> None:
         """Refuse a block that the device or the kernel's directives do not allow."""
@@ -308,21 +279,6 @@ class Kernel:
             8 * len(prepared.kernel.registers) + 2 * geometry.local_size
         )
         return max(1, min(fits, WAVE_LANES // geometry.lanes, WAVE_BYTES // a_block))
-
-
-@cache
-def keep_freed_memory() -> None:
-    """Make glibc keep freed arrays of up to 31 MiB instead of handing their pages back.
-
-    It raises its thresholds when a large block is freed; without that every array of 128 KiB is
-    mapped and cleared anew, which costs more than most instructions do.
-    """
-    np.empty(31 << 20, np.uint8)
-
-
-def listed(race: RaceDetector) -> str:
-    """The races that were found, a line each."""
-    return "\n".join(f"  {r}" for r in race.races())
 
 
 def dimensions(name: str, value: int | Sequence[int]) -> tuple[int, int, int]:

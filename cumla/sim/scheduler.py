@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cumla.sim.cohort import WARP, Cohort
-from cumla.sim.errors import Deadlock, KernelError, SimError
+from cumla.sim.errors import KernelError, SimError
 from cumla.sim.program.codegen import Code
 from cumla.sim.program.flow import EXIT
 from cumla.sim.wave import Wave
@@ -44,7 +44,8 @@ class Scheduler:
         self.code = code
         self.wave = wave
         self.places = code.places
-        self.runnable: dict[int, list[Cohort]] = {}
+        everybody = Cohort(wave, np.flatnonzero(wave.live), list(code.initial))
+        self.runnable: dict[int, list[Cohort]] = {0: [everybody]}
         self.parked: dict[int, list[Cohort]] = {}
         # Spinning cohorts, with the wave's version that they have seen (None: let others go first).
         self.spinning: list[tuple[int, Cohort, int | None]] = []
@@ -57,17 +58,19 @@ class Scheduler:
         self.resumed = 0
         self.standstill: list[tuple[int, _State]] | None = None
 
-    def run(self) -> None:
+    def run(self) -> bool:
+        """Whether all lanes have ended: if not, nobody can move.
+
+        It may be called again then: another grid may have changed what lanes wait for.
+        """
         wave = self.wave
-        gids = np.flatnonzero(wave.live)
-        self.runnable[0] = [Cohort(wave, gids, list(self.code.initial))]
         expired_at = -1
         vain = 0
         while True:
             while self.runnable:
                 self.turn()
             if not self.parked and not self.spinning:
-                return
+                return True
             if self.wake() or self.resume():
                 continue
             if wave.copies.deliver_all_arrivals() and (self.wake() or self.resume()):
@@ -82,7 +85,7 @@ class Scheduler:
                     wave.expired = False
                 if woken:
                     continue
-            raise self.deadlock()
+            return False
 
     def wake(self, run: bool = False) -> bool:
         """Ask all parked lanes again; with `run`, those that may go on make one step at once."""
@@ -293,8 +296,8 @@ class Scheduler:
             return KernelError(f"the simulator failed: {error!r}")
         return KernelError(f"the simulator failed at `{ins.text}`: {error!r}", self.wave.where(ins))
 
-    def deadlock(self) -> Deadlock:
-        """Name every waiting warp, where it is and what it waits for."""
+    def waiting(self) -> str:
+        """Every waiting warp, where it is and what it waits for, a line for each place."""
         waiting: dict[tuple[str, str], list[str]] = {}
         for place, cohorts in sorted(self.parked.items()):
             for cohort in cohorts:
@@ -304,9 +307,7 @@ class Scheduler:
         lines = []
         for (source, reason), warps in waiting.items():
             lines.append(f"  {source}: waits for {reason}: {'; '.join(warps)}")
-        return Deadlock(
-            f"kernel {self.wave.geometry.kernel}: deadlock, nobody can move.\n" + "\n".join(lines)
-        )
+        return "\n".join(lines)
 
     def describe(
         self, waiting: dict[tuple[str, str], list[str]], place: int, cohort: Cohort, spins: bool

@@ -17,6 +17,7 @@ from cumla.sim.memory import WaveMemory
 from cumla.sim.ptx.syntax import Instruction
 
 if TYPE_CHECKING:
+    from cumla.sim.dependency import Dependency
     from cumla.sim.device import Device
 
 # Between the shared memory of two blocks lie this many bytes that nobody owns.
@@ -105,6 +106,8 @@ class Wave:
         expired: True while try_wait may give up waiting.
         mbarriers: the live mbarriers, see `cumla.sim.mbarriers`.
         race, counters: the race detector and the counters, or None.
+        grid_id: number of the launch on its device.
+        dependency: what the grid has to do with those beside it in a stream, or None.
     """
 
     def __init__(
@@ -138,6 +141,8 @@ class Wave:
         self.expired = False
         self.race: Any = None
         self.counters = counters
+        self.grid_id = device.launches
+        self.dependency: Dependency | None = None
         self.live = np.zeros(self.slots * self.lanes_per_block, np.bool_)
         self.live.reshape(self.slots, -1)[:, : self.threads_per_block] = True
         self.live_count = self.slots * self.threads_per_block
@@ -165,6 +170,8 @@ class Wave:
             self.race.exited(gids)
         self.barriers.lanes_exited()
         self.cluster_barriers.lanes_exited()
+        if self.dependency is not None:
+            self.dependency.exited(gids)
 
     def slot_alive(self, slots: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which of the blocks in these slots have a lane that has not exited."""

@@ -39,8 +39,6 @@ def test_trap_names_its_place(opcode):
         ("pmevent.mask", (255,)),
         ("setmaxnreg.inc.sync.aligned.u32", (192,)),
         ("setmaxnreg.dec.sync.aligned.u32", (64,)),
-        ("griddepcontrol.wait", ()),
-        ("griddepcontrol.launch_dependents", ()),
     ],
 )
 def test_accepted_without_effect(text, operands):
@@ -59,7 +57,6 @@ def test_accepted_without_effect(text, operands):
         "pmevent.all",
         "setmaxnreg.set.sync.aligned.u32",
         "setmaxnreg.inc.u32",
-        "griddepcontrol.stop",
     ],
 )
 def test_refused(text):

@@ -28,6 +28,7 @@ FAMILIES = (
     "barrier",
     "fence",
     "video",
+    "grid_dependency",
     "misc",
     "system",
 )

@@ -18,14 +18,12 @@ NO_EFFECT: dict[str, dict[tuple[str, ...], tuple[str, ...]]] = {
         ("inc", "sync", "aligned", "u32"): ("u32",),
         ("dec", "sync", "aligned", "u32"): ("u32",),
     },
-    # Grids run one after the other, so those before this one have ended.
-    "griddepcontrol": {("launch_dependents",): (), ("wait",): ()},
 }
 
 
 @instruction(*NO_EFFECT)
 def no_effect(ins: Instruction, env: Env) -> Op:
-    """pmevent{.mask} a; setmaxnreg.{inc,dec}.sync.aligned.u32 n; griddepcontrol.action."""
+    """pmevent{.mask} a; setmaxnreg.{inc,dec}.sync.aligned.u32 n."""
     kinds = NO_EFFECT[ins.opcode].get(ins.modifiers)
     if kinds is None:
         raise Unsupported(f"form {ins.name!r}")

@@ -116,7 +116,7 @@ def _nsmid(c: Cohort) -> Array:
 
 
 def _gridid(c: Cohort) -> Array:
-    return _one(c.wave.device.launches, np.uint64)
+    return _one(c.wave.grid_id, np.uint64)
 
 
 def _lane_bit(c: Cohort) -> Array:

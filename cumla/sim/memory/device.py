@@ -155,6 +155,10 @@ class DeviceMemory:
         for first, stop in self._heap.give(allocation.start - GUARD, size):
             self._forget(first, stop)
 
+    def allocations(self) -> list[Allocation]:
+        """Those that live, in ascending order."""
+        return [a for a in self._allocations if a.freed is None]
+
     @property
     def used(self) -> int:
         """Bytes in allocations that live."""

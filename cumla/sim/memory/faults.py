@@ -66,6 +66,8 @@ def fault(access: Access, c: Cohort, address: NDArray[np.int64]) -> MemoryFault:
         text += f", {place}"
     if many > 1:
         text += f" ({many} lanes do so)"
+    if access.space == "global" and c.wave.dependency is not None:
+        text += c.wave.dependency.note()
     where = c.wave.where(access.ins, int(c.gids[lane]))
     return MemoryFault(KINDS[which], text, at + access.window, where)
 

@@ -76,7 +76,7 @@ def locator(
     told = "write" if kind == "discard" else kind
     hook = _hook(ins, env, space, nbytes, told, order, scope) if hooks else None
     if space in ("global", "const"):
-        return _device(env, access, hook, generic)
+        return _device(env, access, hook, generic, strong=order != "weak")
     if space == "param":
         return _param(access)
     return _local(access, hook) if space == "local" else _shared(access, hook)
@@ -141,7 +141,7 @@ class _States:
         return True
 
 
-def _device(env: Env, access: Access, hook: Any, generic: bool) -> Place:
+def _device(env: Env, access: Access, hook: Any, generic: bool, strong: bool) -> Place:
     low = access.nbytes - 1
     shift = np.array(access.nbytes.bit_length() - 1)
     states = _States(access)
@@ -150,6 +150,8 @@ def _device(env: Env, access: Access, hook: Any, generic: bool) -> Place:
 
     def place(c: Cohort, address: Any) -> Any:
         memory = c.wave.memory.device
+        if strong and c.wave.dependency is not None:
+            c.wave.dependency.strong_access(address - BASE_0D, access.nbytes)
         offset = address - BASE_0D
         bits = int(or_all(offset))
         if bits & low or not 0 <= bits < memory.limit:

@@ -14,6 +14,7 @@ from cumla.sim.race.copies import Agents, Copy, pending
 from cumla.sim.race.lanes import Groups, Lanes, Threads
 from cumla.sim.race.layout import SPECIAL, SPLIT, Layout
 from cumla.sim.race.order import MemoryOrder, Places
+from cumla.sim.race.overlap import Overlap
 from cumla.sim.race.report import History, Race, Reports, Site
 from cumla.sim.race.shadow import Shadow
 
@@ -38,6 +39,10 @@ class RaceDetector:
     An atomic counts as a write, also a compare-and-swap that fails. Not looked at is whether
     strong accesses that overlap in part do so wholly (PTX ISA "Morally strong operations", 3).
     Of proxies the asynchronous one is told apart, see `asynchronous`.
+
+    Attributes:
+        overlap: notes of accesses, to be compared with those of grids that may run at the same
+            time; None if there are none.
     """
 
     def __init__(self, wave: Wave, end: Instruction | None = None) -> None:
@@ -49,6 +54,7 @@ class RaceDetector:
         self._reports = Reports(wave, self._layout, self._history)
         self._places = Places()
         self._global = Shadow("global", self._layout, None, _LOG_LIMIT)
+        self.overlap: Overlap | None = None
         self.next_wave(wave)
 
     def next_wave(self, wave: Wave) -> None:
@@ -101,8 +107,17 @@ class RaceDetector:
         shadow = self._shared if space == "shared" else self._global
         step = self._step(cohort.gids, shadow, site)
         self._run(step, offset, nbytes)
+        if self.overlap is not None and shadow.paged:
+            strong = site.strength > 0 and (scope in ("gpu", "sys") or order == "volatile")
+            self.overlap.access(self._clocks, ins, cohort.gids, offset, nbytes, kind, strong)
         if site.strength:
             self._order.access(space, offset, cohort.gids, site)
+
+    def grid_waited(self, ins: Instruction, cohort: Cohort) -> None:
+        """The lanes know from now on that the grid before theirs has completed."""
+        if self.overlap is not None:
+            self._history.begin(self._history.site(ins, "read", "weak", "cta"))
+            self.overlap.wait(self._clocks, cohort.gids, self._history.now)
 
     def _step(self, gids: Array, shadow: Shadow, site: Site) -> Step:
         lanes = self._lanes.get(id(gids))
