@@ -15,6 +15,7 @@ from cumla.sim.memory import DeviceArray
 from cumla.sim.program.inline import flatten
 from cumla.sim.program.prepare import Prepared, look_up, prepare, refuse
 from cumla.sim.ptx.syntax import Function, Module, Variable
+from cumla.sim.register_pool import at_start
 from cumla.sim.wave import Geometry
 
 if TYPE_CHECKING:
@@ -39,11 +40,10 @@ class LoadedModule:
         self.device = device
         self.module = module
         entries = [f for f in module.functions.values() if f.entry and f.body]
+        self.specific = module.target.endswith(("a", "f"))
         # Only to find out now, not while it runs, what cannot be run.
-        problems = {
-            entry.name: look_up(flatten(module, entry), Env(target=device.capability))[1]
-            for entry in entries
-        }
+        env = Env(device.capability, specific=self.specific)
+        problems = {entry.name: look_up(flatten(module, entry), env)[1] for entry in entries}
         if any(problems.values()):
             raise refuse(problems)
         self.variables: dict[str, DeviceArray] = {}
@@ -189,6 +189,7 @@ class Kernel:
             counters,
             delivery,
             cluster=cluster3 != (1, 1, 1),
+            specific=self.owner.specific,
         )
         prepared = self.prepare(env)
         layout = prepared.layout
@@ -207,6 +208,7 @@ class Kernel:
             layout.shared_start,
             cluster3,
             explicit,
+            at_start(self.entry.directives),
         )
         rng = np.random.default_rng(seed)
         clusters = rng.permutation(geometry.blocks // geometry.cluster_size)

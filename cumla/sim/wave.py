@@ -19,6 +19,7 @@ from cumla.sim.ptx.syntax import Instruction
 if TYPE_CHECKING:
     from cumla.sim.dependency import Dependency
     from cumla.sim.device import Device
+    from cumla.sim.register_pool import RegisterPool
 
 # Between the shared memory of two blocks lie this many bytes that nobody owns.
 SHARED_GUARD = 1024
@@ -38,6 +39,7 @@ class Geometry:
         shared_start: address of the first byte of shared memory that a block owns.
         cluster: blocks of a cluster in each dimension.
         explicit_cluster: the launch or the kernel says how large clusters are.
+        registers: of a thread when the kernel starts, if its directives tell.
     """
 
     kernel: str
@@ -52,6 +54,7 @@ class Geometry:
     shared_start: int = 0
     cluster: tuple[int, int, int] = (1, 1, 1)
     explicit_cluster: bool = False
+    registers: int | None = None
 
     @property
     def threads(self) -> int:
@@ -107,6 +110,7 @@ class Wave:
         mbarriers: the live mbarriers, see `cumla.sim.mbarriers`.
         race, counters: the race detector and the counters, or None.
         grid_id: number of the launch on its device.
+        registers: what setmaxnreg keeps, or None before the first one.
         dependency: what the grid has to do with those beside it in a stream, or None.
     """
 
@@ -142,6 +146,7 @@ class Wave:
         self.race: Any = None
         self.counters = counters
         self.grid_id = device.launches
+        self.registers: RegisterPool | None = None
         self.dependency: Dependency | None = None
         self.live = np.zeros(self.slots * self.lanes_per_block, np.bool_)
         self.live.reshape(self.slots, -1)[:, : self.threads_per_block] = True
@@ -170,6 +175,8 @@ class Wave:
             self.race.exited(gids)
         self.barriers.lanes_exited()
         self.cluster_barriers.lanes_exited()
+        if self.registers is not None:
+            self.registers.exited(gids)
         if self.dependency is not None:
             self.dependency.exited(gids)
 

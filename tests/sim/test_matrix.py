@@ -266,12 +266,13 @@ def test_bad_rows() -> None:
     address[5] += 8
     for name in ("m8n8.x1.shared.b16", "m8n16.x1.shared.b8x16.b4x16_p64"):
         with pytest.raises(MemoryFault, match="misaligned") as caught:
-            made(f"ldmatrix.sync.aligned.{name}", 1).run(c, address)
+            made(f"ldmatrix.sync.aligned.{name}", 1, target=120).run(c, address)
         assert caught.value.where is not None
         assert caught.value.where.thread == (5, 0, 0)
     # What is behind 4-bit elements is not read.
-    bits4 = made("ldmatrix.sync.aligned.m8n16.x1.shared.b8x16.b4x16_p64", 1, check_memory=True)
-    bits6 = made("ldmatrix.sync.aligned.m8n16.x1.shared.b8x16.b6x16_p32", 1, check_memory=True)
+    options = {"target": 120, "check_memory": True}
+    bits4 = made("ldmatrix.sync.aligned.m8n16.x1.shared.b8x16.b4x16_p64", 1, **options)
+    bits6 = made("ldmatrix.sync.aligned.m8n16.x1.shared.b8x16.b6x16_p32", 1, **options)
     store = op("st.shared.u32", Address(Register("%p")), Register("%r"), check_memory=True)
     for at in (0, 4):
         store.run(c, np.arange(32) * 16 + at, np.zeros(32, np.uint32))

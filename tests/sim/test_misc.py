@@ -37,8 +37,6 @@ def test_trap_names_its_place(opcode):
     [
         ("pmevent", (1,)),
         ("pmevent.mask", (255,)),
-        ("setmaxnreg.inc.sync.aligned.u32", (192,)),
-        ("setmaxnreg.dec.sync.aligned.u32", (64,)),
     ],
 )
 def test_accepted_without_effect(text, operands):
@@ -55,8 +53,6 @@ def test_accepted_without_effect(text, operands):
         "nanosleep",
         "trap.sync",
         "pmevent.all",
-        "setmaxnreg.set.sync.aligned.u32",
-        "setmaxnreg.inc.u32",
     ],
 )
 def test_refused(text):

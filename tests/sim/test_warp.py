@@ -56,8 +56,8 @@ def random_u32(n: int, seed: int = 0) -> Any:
     return np.random.default_rng(seed).integers(0, 1 << 32, n, dtype=np.uint32)
 
 
-def run(name: str, c: Cohort, *sources: Any, destination: Any = ONE) -> Any:
-    made = op(name, destination, *REST[: len(sources)])
+def run(name: str, c: Cohort, *sources: Any, destination: Any = ONE, target: int = 90) -> Any:
+    made = op(name, destination, *REST[: len(sources)], target=target)
     assert made.cohort
     with np.errstate(all="ignore"):
         return made.run(c, *sources)
@@ -264,7 +264,8 @@ FLOATS += [0xFFC12345, 0x00000001, 0x80000001, 0x42F6E979]
 def test_redux_f32(operation: str, extra: str, choices: Any, lanes: tuple[Cohort, Any]) -> None:
     c, masks = lanes
     a = np.random.default_rng(8).choice([FLOATS[i] for i in choices], c.n).astype(np.uint32)
-    got = run(f"redux.sync.{operation}{extra}.f32", c, a.view(np.float32), masks).view(np.uint32)
+    name = f"redux.sync.{operation}{extra}.f32"
+    got = run(name, c, a.view(np.float32), masks, target=100).view(np.uint32)
     for i, group in enumerate(groups_of(c, masks)):
         bits = [int(a[j]) & (0x7FFFFFFF if "abs" in extra else FULL) for j in group]
         numbers = [b for b in bits if not math.isnan(single(b))]

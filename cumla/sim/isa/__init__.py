@@ -29,6 +29,7 @@ FAMILIES = (
     "fence",
     "video",
     "grid_dependency",
+    "setmaxnreg",
     "misc",
     "system",
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from cumla.sim.cohort import Cohort
-from cumla.sim.isa.table import Env, Op, Unsupported, instruction
+from cumla.sim.isa.table import Env, Op, Unsupported, instruction, needs
 from cumla.sim.ptx.syntax import Instruction
 
 ORDERS = ("sc", "acq_rel", "acquire", "release")
@@ -47,6 +47,7 @@ def fence(ins: Instruction, env: Env) -> Op:
     if ins.operands:
         raise Unsupported(f"{ins.name!r} with operands")
     if words in RESTRICTED:
+        needs(env, 90, ins)
         order = "release" if "release" in words else "acquire"
         return _thread_fence(env, "cluster", order)
     order, scope = (
@@ -54,6 +55,8 @@ def fence(ins: Instruction, env: Env) -> Op:
     )
     if order not in ORDERS or scope not in SCOPES:
         raise Unsupported(f"form {ins.name!r}")
+    if scope == "cluster":
+        needs(env, 90, ins, of="scope .cluster")
     return _thread_fence(env, scope, order)
 
 
@@ -89,6 +92,8 @@ def _proxy(ins: Instruction, env: Env, words: tuple[str, ...]) -> Op:
         known = words in PROXIES or words in ASYNC_GENERIC
     if not known or len(ins.operands) != len(kinds):
         raise Unsupported(f"form {ins.name!r} with {len(ins.operands)} operands")
+    if words != ("alias",):
+        needs(env, 90, ins)
     ordered = words[0] == "async" or (words in ASYNC_GENERIC and "release" in words)
     if env.check_race and ordered:
         return Op(lambda c: c.wave.race.proxy_fence(c), (), cohort=True)

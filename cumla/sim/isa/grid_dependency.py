@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from cumla.sim.cohort import Cohort
-from cumla.sim.isa.table import Env, Op, Unsupported, instruction
+from cumla.sim.isa.table import Env, Op, Unsupported, instruction, needs
 from cumla.sim.ptx.syntax import Instruction
 
 _NOBODY = np.zeros(1, np.bool_)
@@ -19,6 +19,7 @@ def griddepcontrol(ins: Instruction, env: Env) -> Op:
 
     In a launch that nothing depends on, and that depends on nothing, they do nothing.
     """
+    needs(env, 90, ins)
     if ins.modifiers == ("launch_dependents",):
         return Op(_launch_dependents, (), cohort=True)
     if ins.modifiers != ("wait",):

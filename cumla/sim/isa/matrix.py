@@ -16,12 +16,14 @@ from numpy.typing import NDArray
 
 from cumla.sim.cohort import WARP, Cohort
 from cumla.sim.isa.convergence import waits_for_lanes, whole_warps
-from cumla.sim.isa.table import Env, Op, Unsupported, instruction
+from cumla.sim.isa.table import Env, Op, Unsupported, instruction, needs
 from cumla.sim.memory.access import reader, writer
 from cumla.sim.ptx.syntax import Instruction, Vector
 
 Array = NDArray[Any]
 ROW = np.dtype(np.complex128)  # for its size, the 16 bytes of a row
+# Whose architecture-specific targets have matrices of elements of one byte and less.
+BYTE_TARGETS = (100, 103, 120, 121)
 # (addressing lanes, their addresses) -> rows, 16 bytes each
 Fetch = Callable[[Cohort, Array], Array]
 
@@ -132,6 +134,8 @@ def ldmatrix(ins: Instruction, env: Env) -> Op:
         or (wide and form.matrices > 2)
     ):
         raise Unsupported(f"form {ins.name!r}")
+    if form.shape != "m8n8":
+        needs(env, 100, ins, only=BYTE_TARGETS)
     lanes = form.rows * form.matrices
     registers = form.matrices * (2 if wide else 1)
     _demand_registers(ins, 0, registers)
@@ -219,6 +223,9 @@ def stmatrix(ins: Instruction, env: Env) -> Op:
         raise Unsupported(f"form {ins.name!r}")
     if wide and not form.trans:
         raise Unsupported("stmatrix.m16n8 without .trans")
+    if wide:
+        needs(env, 100, ins, only=BYTE_TARGETS)
+    needs(env, 90, ins)
     matrices = form.matrices
     lanes = 8 * matrices
     _demand_registers(ins, 1, matrices)

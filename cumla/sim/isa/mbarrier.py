@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from cumla.sim.cohort import Cohort
 from cumla.sim.errors import KernelTrap
-from cumla.sim.isa.table import Env, Op, Unsupported, instruction
+from cumla.sim.isa.table import Env, Op, Unsupported, instruction, needs
 from cumla.sim.mbarriers import COUNT_BITS, LARGEST, Found, Words, phase_key
 from cumla.sim.memory.spaces import CLUSTER
 from cumla.sim.ptx.syntax import Instruction, Sink
@@ -35,6 +35,8 @@ def mbarrier(ins: Instruction, env: Env) -> Op:
     made = FORMS.get(ins.modifiers[0] if ins.modifiers else "")
     if made is None:
         raise Unsupported(f"form {ins.name!r}")
+    if made is _tx or ins.modifiers[0] == "try_wait" or "expect_tx" in ins.modifiers:
+        needs(env, 90, ins)
     return made(ins, env)
 
 

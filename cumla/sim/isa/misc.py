@@ -13,17 +13,12 @@ LONGEST_SLEEP = 1_000_000  # ns; PTX ISA "nanosleep": "The maximum sleep duratio
 
 NO_EFFECT: dict[str, dict[tuple[str, ...], tuple[str, ...]]] = {
     "pmevent": {(): ("u32",), ("mask",): ("u32",)},
-    # The simulator has as many registers as the program names.
-    "setmaxnreg": {
-        ("inc", "sync", "aligned", "u32"): ("u32",),
-        ("dec", "sync", "aligned", "u32"): ("u32",),
-    },
 }
 
 
 @instruction(*NO_EFFECT)
 def no_effect(ins: Instruction, env: Env) -> Op:
-    """pmevent{.mask} a; setmaxnreg.{inc,dec}.sync.aligned.u32 n."""
+    """pmevent{.mask} a."""
     kinds = NO_EFFECT[ins.opcode].get(ins.modifiers)
     if kinds is None:
         raise Unsupported(f"form {ins.name!r}")

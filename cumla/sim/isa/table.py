@@ -7,7 +7,7 @@ called once for each instruction when a kernel is prepared, never while it runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,6 +54,7 @@ class Env:
         count: whether counters are kept.
         delivery: "eager", "late" or "random": when asynchronous copies land.
         cluster: clusters are of several blocks, so addresses of shared memory hold a rank.
+        specific: the PTX may use what only its very target has: `.target sm_90a`, not sm_90.
         registers: register -> declared type, of the kernel that is being prepared.
     """
 
@@ -63,7 +64,28 @@ class Env:
     count: bool = False
     delivery: str = "eager"
     cluster: bool = False
+    specific: bool = True
     registers: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+
+def needs(env: Env, least: int, ins: Instruction, only: Collection[int] = (), of: str = "") -> None:
+    """Raise Unsupported where the target does not have an instruction.
+
+    Args:
+        least: the first compute capability that has it.
+        only: if given, those whose architecture-specific targets (sm_90a) have it, and no others.
+        of: the part of the instruction that is missing; "" for all of it.
+    """
+    what = of or ins.name
+    if only and (env.target not in only or not env.specific):
+        known = ", ".join(f"sm_{c}a" for c in only)
+        raise Unsupported(f"{what} needs .target {known}, not sm_{env.target}{_suffix(env)}")
+    if env.target < least:
+        raise Unsupported(f"{what} needs sm_{least} or later, not sm_{env.target}")
+
+
+def _suffix(env: Env) -> str:
+    return "a" if env.specific else " without a suffix"
 
 
 @dataclass(frozen=True, slots=True)

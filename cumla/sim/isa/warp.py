@@ -22,7 +22,7 @@ from cumla.sim.isa.convergence import (
     unpack,
     waits_for_lanes,
 )
-from cumla.sim.isa.table import Env, Op, Unsupported, instruction
+from cumla.sim.isa.table import Env, Op, Unsupported, instruction, needs
 from cumla.sim.ptx.syntax import Instruction, Pair
 
 Array = NDArray[Any]
@@ -181,6 +181,7 @@ def activemask(ins: Instruction, env: Env) -> Op:
 @instruction("elect")
 def elect(ins: Instruction, env: Env) -> Op:
     """elect.sync d|p, membermask: the lowest lane that takes part is the leader."""
+    needs(env, 90, ins)
     if ins.modifiers != ("sync",):
         raise Unsupported(f"form {ins.name!r}")
 
@@ -254,6 +255,7 @@ def redux(ins: Instruction, env: Env) -> Op:
     if kind == "f32":
         if operation not in ("min", "max") or extra not in ((), ("abs",), ("NaN",), ("abs", "NaN")):
             raise Unsupported(f"form {ins.name!r}")
+        needs(env, 100, ins, only=(100, 103))
         return _redux_f32(ins, operation, "abs" in extra, "NaN" in extra)
     if extra or (operation, kind) not in _REDUCTIONS:
         raise Unsupported(f"form {ins.name!r}")
