@@ -75,11 +75,11 @@ class RegisterPool:
         self._count = np.zeros(warps, np.int64)
         self._executed: dict[int, list[Instruction]] = {}
 
-    def may_change(self, c: Cohort, count: int) -> Array:
-        """[w] which of the warps may go on, with all of their lanes here, once they own `count`."""
+    def may_change(self, c: Cohort, count: int, action: str) -> Array:
+        """[w] which warps may go on: all of their lanes are here, and `.inc` has what it wants."""
         alive = pack(self.wave.live.reshape(-1, WARP)[c.warps])
         ready: Array = pack(c.active) == alive
-        if self.start is None:
+        if self.start is None or action == "dec":
             return ready
         for i in np.flatnonzero(ready).tolist():
             warp = int(c.warps[i])
@@ -122,7 +122,11 @@ class RegisterPool:
         group = self._group(warp)
         executed = self._executed.setdefault(group.start, [])
         if number < len(executed) and executed[number] is not ins:
-            raise self._apart(ins, warp, f"others executed the one at {executed[number].where}")
+            raise self._apart(
+                ins,
+                warp,
+                f"{self._name(warp)} executes this one, others the one at {executed[number].where}",
+            )
         if number == len(executed):
             late = [w for w in group if self._count[w] < number]
             if late:
@@ -144,7 +148,9 @@ class RegisterPool:
             executed = self._executed.get(self._group(warp).start, [])
             number = int(self._count[warp])
             if number < len(executed) and not self._alive(warp):
-                raise self._apart(executed[number], warp, "it has exited without it")
+                raise self._apart(
+                    executed[number], warp, f"{self._name(warp)} has exited without it"
+                )
 
     def _alive(self, warp: int) -> bool:
         return bool(self.wave.live[warp * WARP : (warp + 1) * WARP].any())
@@ -160,8 +166,8 @@ class RegisterPool:
 
     def _apart(self, ins: Instruction, warp: int, what: str) -> KernelTrap:
         return KernelTrap(
-            f"{self._name(warp)} at {ins.text}: {what}; all warps of a warpgroup must execute the "
-            "same setmaxnreg, and synchronise before the next one",
+            f"{ins.name}: {what}; all warps of a warpgroup must execute the same setmaxnreg, and "
+            "synchronise before the next one",
             self.wave.where(ins, warp * WARP),
         )
 

@@ -28,7 +28,7 @@ def setmaxnreg(ins: Instruction, env: Env) -> Op:
         raise Unsupported(f"{ins.name!r} of {count} registers: a multiple of 8 from 24 to 256")
 
     def ready(c: Cohort, number: Any) -> Any:
-        warps = _pool(c).may_change(c, count)
+        warps = _pool(c).may_change(c, count, action)
         return bool(warps.all()) or c.from_warps(np.repeat(warps, WARP))
 
     def run(c: Cohort, number: Any) -> None:
