@@ -29,15 +29,22 @@ def bar(ins: Instruction, env: Env) -> Op:
     if words == ["sync"]:
         return _sync(ins, env, len(ins.operands) == 2)
     if words == ["arrive"] and len(ins.operands) == 2:
-        return _arrive(ins)
+        return _arrive(ins) if _aligned(ins) else _arrive_apart(ins)
     if words in (["red", "popc", "u32"], ["red", "and", "pred"], ["red", "or", "pred"]):
         return _red(ins, env, words[2], len(ins.operands) == 4)
     raise Unsupported(f"form {ins.name!r} with {len(ins.operands)} operands")
 
 
+def _aligned(ins: Instruction) -> bool:
+    """Whether all lanes of a warp must stand at this very instruction."""
+    return ins.opcode == "bar" or "aligned" in ins.modifiers
+
+
 def _sync(ins: Instruction, env: Env, counted: bool) -> Op:
+    aligned = _aligned(ins)
+
     def ready(c: Cohort, barrier: Any, count: Any = None) -> Any:
-        return c.wave.barriers.ready(ins, c, barrier, count, None)
+        return c.wave.barriers.ready(ins, c, barrier, count, None, aligned)
 
     def run(c: Cohort, barrier: Any, count: Any = None) -> None:
         c.wave.barriers.pass_on(c, red=False)
@@ -54,7 +61,7 @@ def _sync(ins: Instruction, env: Env, counted: bool) -> Op:
 def _arrive(ins: Instruction) -> Op:
     def run(c: Cohort, barrier: Any, count: Any) -> None:
         everyone = np.ones(c.n, np.bool_)
-        c.wave.barriers.arrive(ins, c, barrier, count, None, everyone, waits=False)
+        c.wave.barriers.arrive(ins, c, barrier, count, None, everyone, waits=False, aligned=True)
 
     return Op(
         run,
@@ -66,12 +73,30 @@ def _arrive(ins: Instruction) -> Op:
     )
 
 
+def _arrive_apart(ins: Instruction) -> Op:
+    """barrier.arrive without .aligned: lanes wait for those of their warp at other instructions."""
+
+    def ready(c: Cohort, barrier: Any, count: Any) -> Any:
+        barriers = c.wave.barriers
+        return barriers.ready(ins, c, barrier, count, None, aligned=False, waits=False)
+
+    def run(c: Cohort, barrier: Any, count: Any) -> None:
+        c.wave.barriers.pass_on(c, red=False)
+
+    def waits_for(c: Cohort, barrier: Any, count: Any) -> str:
+        return c.wave.barriers.describe(c, barrier)
+
+    return Op(run, ("u32", "u32"), cohort=True, ready=ready, waits_for=waits_for)
+
+
 def _red(ins: Instruction, env: Env, kind: str, counted: bool) -> Op:
+    aligned = _aligned(ins)
+
     def split(arguments: tuple[Any, ...]) -> tuple[Any, Any, Any]:
         return arguments[0], arguments[1] if counted else None, arguments[-1]
 
     def ready(c: Cohort, *arguments: Any) -> Any:
-        return c.wave.barriers.ready(ins, c, *split(arguments))
+        return c.wave.barriers.ready(ins, c, *split(arguments), aligned)
 
     def run(c: Cohort, *arguments: Any) -> Any:
         answer = c.wave.barriers.pass_on(c, red=True)
