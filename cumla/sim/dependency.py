@@ -8,7 +8,6 @@ itself. Without the wait nothing is known of what the grid before wrote, wheneve
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,8 +42,8 @@ class Dependency:
         self.grid = grid
         self.before = before
         self.after: Dependency | None = None
-        self.early = early and (before is None or before.depth < DEEPEST)
-        self.depth: int = 0 if before is None else before.depth + self.early
+        self.early = early and before is not None and before._depth < DEEPEST
+        self._depth: int = before._depth + 1 if before is not None and self.early else 0
         self.started = before is None
         self.completed = False
         self.signalled = False
@@ -71,31 +70,26 @@ class Dependency:
         if first and self.after is not None and self.after.early:
             self.after._hidden = Hidden(wave.device.memory)
 
-    def resume(self) -> None:
-        """Let the grid go on as far as it can."""
-        chain = [self]
-        while chain[-1].before is not None:
-            chain.append(chain[-1].before)
-        with ExitStack() as views:
-            for dependency in reversed(chain):
-                if dependency._hides:
-                    assert dependency._hidden is not None
-                    views.enter_context(dependency._hidden.applied())
-            self.grid.advance()
-
     def complete(self) -> None:
         """All blocks have ended: the grid after it may begin, or go on."""
         if self.completed:
             return
         self.completed = True
         self._hidden = None
-        if self.after is not None:
-            self.after.started = True
-            self.after.grid.advance()
+        after = self.after
+        if after is None:
+            return
+        after.started = True
+        if after.early and self._overlaps():
+            # Inside what runs within an earlier grid: what that writes stays hidden.
+            after.grid.advance()
 
-    @property
-    def _hides(self) -> bool:
-        return self._hidden is not None and self.before is not None and not self.before.completed
+    def _overlaps(self) -> bool:
+        """Whether an earlier grid has not completed."""
+        earlier = self.before
+        while earlier is not None and earlier.completed:
+            earlier = earlier.before
+        return earlier is not None
 
     # Told by the blocks.
 
@@ -144,11 +138,8 @@ class Dependency:
             return
         if not after.started:
             after.started = True
-            if after._hides:
-                assert after._hidden is not None
-                with after._hidden.applied():
-                    after.grid.advance()
-            else:
+            assert after._hidden is not None
+            with after._hidden.applied():
                 after.grid.advance()
 
     def strong_access(self, offsets: Any, nbytes: int) -> None:
@@ -158,13 +149,12 @@ class Dependency:
         """
         dependency: Dependency | None = self
         while dependency is not None:
-            if dependency._hides:
-                assert dependency._hidden is not None
+            if dependency._hidden is not None:
                 dependency._hidden.touch(offsets, nbytes)
             dependency = dependency.before
 
     def note(self) -> str:
-        """For messages of faults: what the blocks cannot see yet."""
+        """For messages of reads of unwritten memory: what the blocks cannot see yet."""
         if self.may_pass:
             return ""
         assert self.before is not None

@@ -116,7 +116,7 @@ class Stream:
             before = [grid.progress for grid in grids]
             for dependency in chain:
                 if dependency.started and not dependency.grid.done:
-                    dependency.resume()
+                    dependency.grid.advance()
             if all(grid.done for grid in grids):
                 return
             if before == [grid.progress for grid in grids]:

@@ -299,13 +299,14 @@ def test_a_chain_starts_as_far_as_it_may(module):
 
 
 def test_long_chains(module):
-    kernels = [("log_start", 0)] * 60
+    """More grids than Python could nest calls for."""
+    kernels = [("log_start", 0)] * 300
     device = module.device
     log, count = device.alloc(4096, np.int32), device.upload(np.zeros(1, np.int32))
     with stream_of(module, "early") as stream:
         for name, who in kernels:
             add(stream, module, name, log, count, who, checks=set())
-    assert count.get()[0] == 60 * 2 * BLOCKS
+    assert count.get()[0] == 300 * 2 * BLOCKS
 
 
 def test_grids_communicate_by_strong_accesses(module):

@@ -66,7 +66,7 @@ def fault(access: Access, c: Cohort, address: NDArray[np.int64]) -> MemoryFault:
         text += f", {place}"
     if many > 1:
         text += f" ({many} lanes do so)"
-    if access.space == "global" and c.wave.dependency is not None:
+    if KINDS[which] == "read of unwritten memory" and c.wave.dependency is not None:
         text += c.wave.dependency.note()
     where = c.wave.where(access.ins, int(c.gids[lane]))
     return MemoryFault(KINDS[which], text, at + access.window, where)

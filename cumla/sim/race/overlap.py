@@ -3,7 +3,8 @@
 Each grid notes which bytes of global memory each of its instructions touches, and whether the
 thread knew then that the grid before had completed: because it passed griddepcontrol.wait, or met
 one that had. Once all have ended the notes are compared, so that it does not matter in which order
-the grids were simulated.
+the grids were simulated. Flags in memory, by which grids could tell each other more, are not
+followed: what only they order counts as a race.
 """
 
 from __future__ import annotations
