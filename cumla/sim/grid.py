@@ -48,7 +48,7 @@ class Grid:
         wave, scheduler: the blocks that run now; None between waves.
         race: the race detector, from the first wave on, if the launch has one.
         dependency: how it hangs together with the grids beside it in a stream, or None.
-        keep: what must live until the launch has ended: its arguments.
+        keep: what must live until the launch has ended: its kernel and arguments.
     """
 
     def __init__(

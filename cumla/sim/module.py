@@ -217,7 +217,7 @@ class Kernel:
         if size < 1:
             raise LaunchError(f"wave_blocks: got {wave_blocks}; at least one block must run")
         size = max(size // geometry.cluster_size, 1) * geometry.cluster_size
-        return Grid(device, prepared, geometry, env, order, size, rng, keep=args)
+        return Grid(device, prepared, geometry, env, order, size, rng, keep=(self, args))
 
     def check_block(self, block: tuple[int, int, int], static: int, dynamic: int) -> None:
         """Refuse a block that the device or the kernel's directives do not allow."""
