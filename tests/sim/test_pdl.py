@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 
 from cumla import sim
+from cumla.sim.memory.device import BASE
+from cumla.sim.race import RaceDetector
+from cumla.sim.race.overlap import Overlap, races_between
 from tests.sim.cuda import line_of, load
+from tests.sim.ops import instruction
+from tests.sim.waves import cohort, make_wave
 
 BLOCKS, THREADS = 3, 64
 N = BLOCKS * THREADS
@@ -214,6 +219,38 @@ def test_races_between_grids(module, buffers, start, late, mark, first):
     assert f"by kernel {name} at k.cu:{line_of(SOURCE, mark)}" in race
     assert "'x' of" in race
     assert "griddepcontrol.wait" in race
+
+
+@pytest.mark.parametrize("kind", ["read", "write"])
+@pytest.mark.parametrize("waits", [False, True])
+def test_the_asynchronous_proxy_races_between_grids(kind, waits):
+    """As the instructions that copy in bulk tell the detector; a copy is its issuer's."""
+    wave = make_wave((32, 1, 1))
+    array = wave.device.memory.upload(np.zeros(64, np.int32), name="x")
+    at = array.address - BASE + 16 * np.arange(16)
+    ins = instruction("st.global.u32"), instruction("cp.async.bulk.global")
+    first, second = Overlap("first", True), Overlap("second", False)
+    for overlap in (first, second):
+        detector = RaceDetector(wave)
+        detector.overlap = overlap
+        overlap.next_wave(32)
+        lanes = cohort(wave)
+        if overlap is first:
+            other = "write" if kind == "read" else "read"
+            detector.access(ins[0], lanes, "global", at[0] + 4 * np.arange(32), 4, other)
+        else:
+            if waits:
+                detector.grid_waited(ins[1], lanes)
+            issuer, rows = np.array([3]), np.zeros(16, np.int64)
+            detector.asynchronous(ins[1], issuer, issuer, "global", kind, at, rows, 16)
+    found = races_between(wave.device.memory, [first, second], [True, False])
+    if waits:
+        assert found == ()
+    else:
+        (race,) = found
+        assert "0 bytes into 'x'" in race
+        assert f"{kind} by kernel second" in race
+        assert "(8 such conflicts)" in race
 
 
 def test_a_barrier_passes_the_wait_on(module, buffers):

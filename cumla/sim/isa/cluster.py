@@ -14,12 +14,11 @@ from numpy.typing import NDArray
 from cumla.sim.cohort import RANK_SHIFT, Cohort
 from cumla.sim.errors import KernelTrap
 from cumla.sim.isa.convergence import waits_for_lanes, whole_warps
-from cumla.sim.isa.table import DTYPES, Env, Op, Unsupported, instruction
+from cumla.sim.isa.table import DTYPES, Env, Op, Unsupported, instruction, needs
 from cumla.sim.memory.spaces import CLUSTER, SHARED_WINDOW, WITHIN_BLOCK, in_window
 from cumla.sim.ptx.syntax import Instruction
 
 Array = NDArray[Any]
-FIRST_TARGET = 90
 
 
 def cluster_barrier(ins: Instruction, env: Env) -> Op:
@@ -29,8 +28,9 @@ def cluster_barrier(ins: Instruction, env: Env) -> Op:
     """
     words = [w for w in ins.modifiers[1:] if w != "aligned"]
     aligned = len(words) < len(ins.modifiers) - 1
-    if ins.opcode != "barrier" or ins.operands or env.target < FIRST_TARGET:
+    if ins.opcode != "barrier" or ins.operands:
         raise Unsupported(f"form {ins.name!r}")
+    needs(env, 90, ins)
     if words in (["arrive"], ["arrive", "release"], ["arrive", "relaxed"]):
         return _arrive(ins, releases="relaxed" not in words, aligned=aligned)
     if words in (["wait"], ["wait", "acquire"]):
@@ -110,8 +110,7 @@ def _kind(ins: Instruction, env: Env) -> str:
     words = ins.modifiers
     if words[-1:] not in (("u32",), ("u64",)) or words[:-1] not in ((), (CLUSTER,)):
         raise Unsupported(f"form {ins.name!r}")
-    if env.target < FIRST_TARGET:
-        raise Unsupported(f"{ins.opcode} needs sm_{FIRST_TARGET} or later")
+    needs(env, 90, ins)
     return words[-1]
 
 

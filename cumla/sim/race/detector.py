@@ -289,6 +289,8 @@ class RaceDetector:
         lanes = Lanes(issuers, alike, nothing[0], nothing, None, even=False)
         step = Step(shadow, site, self._history.now, lanes, who | state, proxy=True)
         self._run(step.take(rows), offsets, nbytes)
+        if self.overlap is not None and shadow.paged:
+            self.overlap.access(self._clocks, ins, issuers[rows], offsets, nbytes, kind, False)
         return self._history.now
 
     def _locals(self, gids: Array, agents: Array) -> Array:
