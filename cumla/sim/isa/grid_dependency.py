@@ -28,8 +28,6 @@ def griddepcontrol(ins: Instruction, env: Env) -> Op:
     def run(c: Cohort) -> None:
         if c.wave.dependency is not None:
             c.wave.dependency.waited(ins, c)
-        if env.count:
-            c.wave.counters.wait(ins, c)
 
     return Op(run, (), cohort=True, ready=_ready, waits_for=_waits_for)
 
