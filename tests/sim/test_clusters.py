@@ -120,7 +120,7 @@ def test_memory_of_a_block_that_may_have_exited() -> None:
         (1, sim.MemoryFault, r"the block's of rank [01] in the cluster, not the thread's own"),
         (2, sim.MemoryFault, r"rank 2 of a cluster of 2 blocks"),
         (3, sim.MemoryFault, r"0 bytes past the end of the block's 128 bytes of shared memory"),
-        (4, sim.KernelTrap, r"mapa to rank 2 of a cluster of 2 blocks"),
+        (4, sim.MemoryFault, r"rank 2 of a cluster of 2 blocks"),
         (5, sim.KernelTrap, r"arrives again without barrier.cluster.wait"),
         (6, sim.KernelTrap, r"waits without barrier.cluster.arrive"),
         (7, sim.Deadlock, r"the cluster barrier: 32 of 64 threads of the cluster have arrived"),

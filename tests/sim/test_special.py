@@ -107,6 +107,12 @@ def test_shared_memory_sizes():
     assert value(c, "%aggr_smem_size")[0] == 1024
     begin, end = (value(c, f"%reserved_smem_offset_{n}")[0] for n in ("begin", "end"))
     assert begin == end >= 1000
+    # On targets where the system's part comes first, as an H200 has it.
+    c = cohort(make_wave(shared=1000, shared_start=0x400))
+    names = [f"%reserved_smem_offset_{n}" for n in ("begin", "end", "cap", "0", "1")]
+    assert [value(c, name)[0] for name in names] == [0, 0x120, 0x400, 0, 0]
+    assert value(c, "%total_smem_size")[0] == 1024
+    assert value(c, "%aggr_smem_size")[0] == 2048
 
 
 def test_the_rest():

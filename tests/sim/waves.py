@@ -26,6 +26,7 @@ def make_wave(
     seed: int = 0,
     num_sms: int = 4,
     cluster: tuple[int, int, int] = (1, 1, 1),
+    shared_start: int = 0,
 ) -> Wave:
     """A wave of these blocks, by default of all blocks of the grid."""
     geometry = Geometry(
@@ -38,6 +39,7 @@ def make_wave(
         local_size=0,
         local_params=[],
         params=b"",
+        shared_start=shared_start,
         cluster=cluster,
     )
     device: Any = SimpleNamespace(

@@ -22,6 +22,7 @@ ZERO64 = np.zeros(1, np.uint64)
 ALL_LANES = np.uint32(0xFFFFFFFF)
 # PTX ISA "%total_smem_size": in multiples of the allocation unit, 128 bytes from sm_80 on.
 SHARED_UNIT = 128
+RESERVED_IN_USE = 0x120
 
 
 def _once(name: str, make: Value) -> Value:
@@ -149,13 +150,20 @@ def _total_shared(c: Cohort) -> Array:
     return _one(-(-c.wave.shared_size // SHARED_UNIT) * SHARED_UNIT)
 
 
+def _with_reserved(c: Cohort) -> Array:
+    return _total_shared(c) + np.uint32(c.wave.shared_start)
+
+
 def _reserved(name: str) -> Value:
-    """Where the system's part of shared memory begins, ends, or where shared memory ends."""
+    """PTX ISA "%reserved_smem_offset_<name>": bounds of the system's part of shared memory.
+
+    Where there is such a part it comes first; what of it is in use is what an H200 says.
+    """
 
     def get(c: Cohort) -> Array:
-        if name == "cap" or not c.wave.shared_start:
-            return _one(c.wave.shared_start + int(_total_shared(c)[0]))
-        return ZERO if name == "begin" else _one(c.wave.shared_start)
+        if not c.wave.shared_start:
+            return _total_shared(c)
+        return _one({"end": RESERVED_IN_USE, "cap": c.wave.shared_start}.get(name, 0))
 
     return get
 
@@ -204,7 +212,7 @@ SPECIAL: dict[str, tuple[str, Value]] = {
     "%globaltimer_hi": ("u32", _clock_high),
     "%dynamic_smem_size": ("u32", lambda c: _one(c.wave.geometry.dynamic_shared)),
     "%total_smem_size": ("u32", _total_shared),
-    "%aggr_smem_size": ("u32", _total_shared),
+    "%aggr_smem_size": ("u32", _with_reserved),
     "%is_explicit_cluster": ("pred", lambda c: _one(c.wave.geometry.explicit_cluster, np.bool_)),
     "%cluster_ctarank": ("u32", _once("%cluster_ctarank", _rank)),
     "%cluster_nctarank": ("u32", lambda c: _one(c.wave.cluster_size)),

@@ -156,7 +156,7 @@ extern "C" __global__ void wrong(u32* out) {
 #elif BUG == 3
     at = load(map(at, rank() ^ 1) + 128);
 #elif BUG == 4
-    at = map(at, ranks());
+    at = load(map(at, ranks()));
 #elif BUG == 5
     arrive();
     arrive();
