@@ -171,7 +171,7 @@ class Wave:
         """These lanes have ended."""
         self.live[gids] = False
         self.live_count -= gids.shape[0]
-        if self.race is not None and self.cluster_size > 1:
+        if self.race is not None:
             self.race.exited(gids)
         self.barriers.lanes_exited()
         self.cluster_barriers.lanes_exited()

@@ -37,13 +37,15 @@ class Clock:
     Attributes:
         parts: by block. Clocks share them.
         lanes: threads of a block.
+        proxy: what of it a proxy fence covered, or None.
     """
 
-    __slots__ = ("_blocks", "_rows", "lanes", "parts")
+    __slots__ = ("_blocks", "_rows", "lanes", "parts", "proxy")
 
-    def __init__(self, parts: dict[int, Part], lanes: int) -> None:
+    def __init__(self, parts: dict[int, Part], lanes: int, proxy: Clock | None = None) -> None:
         self.parts = parts
         self.lanes = lanes
+        self.proxy = proxy
         self._blocks: Array | None = None
         self._rows: Array | None = None
 
@@ -74,7 +76,10 @@ def merged(first: Clock | None, second: Clock | None) -> Clock | None:
             parts[block] = part
         else:
             parts[block] = Part(np.maximum(old.row, part.row), first.lanes)
-    return Clock(parts, first.lanes) if changed else first
+    proxy = merged(first.proxy, second.proxy)
+    if not changed and proxy is first.proxy:
+        return first
+    return Clock(parts, first.lanes, proxy)
 
 
 class Abroad:

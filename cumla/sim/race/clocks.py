@@ -264,6 +264,12 @@ class Clocks:
         own = Clock({int(self.threads.block[gid]): self._part(row)}, self.threads.lanes)
         return merged(None if self.abroad is None else self.abroad[gid], own) or own
 
+    def together(self, gids: Array) -> Clock:
+        """All that any of the lanes of a block knows of threads other than themselves."""
+        row = self.rows.data[np.unique(self.row[gids])].max(axis=0)
+        own = Clock({int(self.threads.block[gids[0]]): self._part(row)}, self.threads.lanes)
+        return merged(None if self.abroad is None else self.abroad.together(gids), own) or own
+
     def _part(self, row: Array) -> Part:
         return Part(row.copy(), self.threads.lanes)
 

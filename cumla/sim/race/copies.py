@@ -72,15 +72,20 @@ class Agents:
     Each key has its own in its block, so that to wait for one copy is not to wait for another.
     There are COPY_AGENTS in a block, given out in turn: who waits for a key knows too much, namely
     the copies of a key so many before it. That may hide a race; it cannot invent one.
+
+    Attributes:
+        used: whether any has been given out.
     """
 
     def __init__(self, layout: Layout) -> None:
         self._lanes = layout.lanes
+        self.used = False
         self._next: dict[int, int] = {}
         self._of: dict[int, dict[int, int]] = {}
 
     def of(self, block: int, key: int) -> int:
         """The local number of the thread that stands for copies to a key."""
+        self.used = True
         agents = self._of.setdefault(key, {})
         agent = agents.get(block)
         if agent is None:

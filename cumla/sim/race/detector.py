@@ -159,18 +159,23 @@ class RaceDetector:
 
     def exited(self, gids: Array) -> None:
         """The lanes have exited: of a block that has no others its shared memory is gone."""
+        if self._end is None or not (self._shared.crossed or self._agents.used):
+            return
         lanes = self._layout.lanes
         for slot in np.unique(gids // lanes).tolist():
-            if self._end is not None and not self._wave.live[slot * lanes :][:lanes].any():
+            if not self._wave.live[slot * lanes :][:lanes].any():
                 self._block_exited(slot, self._end)
 
     def _block_exited(self, slot: int, end: Instruction) -> None:
-        """Find accesses of other blocks to the block's shared memory that its exit may precede."""
+        """Find accesses to a block's shared memory that its exit may precede.
+
+        Those of other blocks, and of copies, that none of the block's threads knows of.
+        """
         layout, lanes = self._layout, self._layout.lanes
         stride, start = self._wave.shared_stride, self._wave.shared_start
         gids = np.arange(slot * lanes, (slot + 1) * lanes)
         own = int(self._threads.thread[gids[0]])
-        known = None if self._clocks.abroad is None else self._clocks.abroad.together(gids)
+        known = self._clocks.together(gids)
         site = self._history.site(end, "exit", "weak", "cta")
         self._history.begin(site)
         for level in self._shared.words.levels():
@@ -179,13 +184,14 @@ class RaceDetector:
             which, states = level.log.find(at, level.writes)
             cells = np.concatenate([at, at, at[which]])
             states = np.concatenate([level.writes[at], level.reads[at], states])
-            bad = (states != 0) & (states < SPLIT) & ((states ^ own) & layout.blocks != 0)
+            others = (states ^ own) & layout.blocks != 0
+            others |= states & layout.locals >= lanes
+            others &= (states != 0) & (states < SPLIT)
+            cells, states = cells[others], states[others]
+            threads, stamps = states & layout.threads, states & layout.stamps
+            blocks, locals_ = threads >> layout.local_bits, threads & layout.locals
+            bad = ~known.knows(blocks, locals_, stamps >> layout.stamp_shift)
             cells, states = cells[bad], states[bad]
-            if known is not None:
-                threads, stamps = states & layout.threads, states & layout.stamps
-                blocks, locals_ = threads >> layout.local_bits, threads & layout.locals
-                bad = ~known.knows(blocks, locals_, stamps >> layout.stamp_shift)
-                cells, states = cells[bad], states[bad]
             if cells.shape[0]:
                 threads = np.full(cells.shape[0], own)
                 offsets = cells * width % stride - start

@@ -91,6 +91,7 @@ class MemoryOrder:
         self.history = history
         self.flows: list[FenceClocks] = []
         self.proxy = ProxyFences(threads, rows)
+        self._proxied: dict[tuple[Clock, Clock], Clock] = {}
         self.changes = 0
         self._idle: dict[tuple[int, bytes, bytes], int] = {}
         self._rows = rows
@@ -123,9 +124,12 @@ class MemoryOrder:
     def proxy_fence(self, gids: Array) -> None:
         """The lanes execute fence.proxy.async."""
         self.changes += 1
+        self._use_proxy()
+        self.proxy.fence(gids, self.clocks, self.history.now)
+
+    def _use_proxy(self) -> None:
         if self.proxy not in self.flows:
             self.flows.append(self.proxy)
-        self.proxy.fence(gids, self.clocks, self.history.now)
 
     def barrier(self, gids: Array) -> None:
         """The lanes are about to meet at a barrier of their block.
@@ -153,7 +157,14 @@ class MemoryOrder:
                 for gid in lanes:
                     known[gid] = merged(known.get(gid), clock) or clock
         for gid, clock in known.items():
-            self.clocks.absorb(self._first(gid, here) if meeting else gid, clock)
+            self._absorb(self._first(gid, here) if meeting else gid, clock)
+
+    def _absorb(self, gid: int, clock: Clock) -> None:
+        """A lane gets to know what somebody released in memory."""
+        self.clocks.absorb(gid, clock)
+        if clock.proxy is not None:
+            self._use_proxy()
+            self.proxy.absorb(gid, clock.proxy)
 
     def _first(self, gid: int, here: set[int]) -> int:
         """The first lane of those here from this one on."""
@@ -242,7 +253,7 @@ class MemoryOrder:
         if acquires:
             self.changes += 1
             for gid in gids:
-                self.clocks.absorb(gid, clock)
+                self._absorb(gid, clock)
             return
         seers = self._seen[needs_wide].setdefault(clock, set())
         before = len(seers)
@@ -252,8 +263,17 @@ class MemoryOrder:
     def _released(self, gid: int, releases: bool, wide: bool) -> _Pair:
         """What a strong write of the lane releases."""
         if releases:
-            clock = self.clocks.export(gid, self.history.now)
+            clock = self._with_proxy(self.clocks.export(gid, self.history.now), gid)
             return clock, clock if wide else None
         near = None if self._narrow is None else self._narrow.held(gid)
         far = None if self._wide is None or not wide else self._wide.held(gid)
-        return near, far
+        return self._with_proxy(near, gid), self._with_proxy(far, gid)
+
+    def _with_proxy(self, clock: Clock | None, gid: int) -> Clock | None:
+        """A clock that a lane releases, and what its proxy fences cover: for equals the same."""
+        proxy = self.proxy.held(gid) if clock is not None else None
+        if clock is None or proxy is None:
+            return clock
+        if len(self._proxied) > _HELD_KEPT:
+            self._proxied.clear()
+        return self._proxied.setdefault((clock, proxy), Clock(clock.parts, clock.lanes, proxy))

@@ -268,6 +268,8 @@ class Reports:
         layout = self.layout
         other = state & layout.threads
         if site.kind == "exit":
+            if state & layout.locals >= layout.lanes:
+                return f"the {before.kind} was not waited for before the block's end"
             return "the block may be gone before: barrier.cluster missing before its end"
         if state >= SPECIAL and before.kind.startswith("asynchronous"):
             return f"the {before.kind} was not waited for"
