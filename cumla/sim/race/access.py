@@ -264,7 +264,9 @@ class Accesses:
         if not step.proxy:
             return unfenced
         layout = self.layout
-        at = np.flatnonzero((states & layout.write != 0) & (states & layout.locals < layout.lanes))
+        local = states & layout.locals
+        generic = (local < layout.lanes) | (local >= layout.generic)
+        at = np.flatnonzero((states & layout.write != 0) & generic)
         stamps = (states[at] & layout.stamps) >> layout.stamp_shift
         unfenced[at] = ~self.proxy.known(gids[at], states[at] & layout.threads, stamps)
         return unfenced

@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from cumla.sim.cohort import Array
-from cumla.sim.race.layout import COPY_AGENTS, SPECIAL, SPLIT, Layout
+from cumla.sim.race.layout import COPY_AGENTS, PROXY_AGENTS, SPECIAL, SPLIT, Layout
 from cumla.sim.race.report import Site
 from cumla.sim.race.shadow import Level
+
+GENERIC_AGENTS = COPY_AGENTS - PROXY_AGENTS
 
 
 class Copy:
@@ -70,7 +72,7 @@ class Agents:
     """The threads that stand for the copies which complete phases of mbarriers.
 
     Each key has its own in its block, so that to wait for one copy is not to wait for another.
-    There are COPY_AGENTS in a block, given out in turn: who waits for a key knows too much, namely
+    There are COPY_AGENTS in a block, those of either proxy given out in turn: who waits for a key knows too much, namely
     the copies of a key so many before it. That may hide a race; it cannot invent one.
 
     Attributes:
@@ -80,18 +82,19 @@ class Agents:
     def __init__(self, layout: Layout) -> None:
         self._lanes = layout.lanes
         self.used = False
-        self._next: dict[int, int] = {}
+        self._next: dict[tuple[int, bool], int] = {}
         self._of: dict[int, dict[int, int]] = {}
 
-    def of(self, block: int, key: int) -> int:
-        """The local number of the thread that stands for copies to a key."""
+    def of(self, block: int, key: int, proxy: bool = False) -> int:
+        """The local number of the thread that stands for copies to a key, through either proxy."""
         self.used = True
         agents = self._of.setdefault(key, {})
         agent = agents.get(block)
         if agent is None:
-            turn = self._next.get(block, 0)
-            self._next[block] = turn + 1
-            agent = agents[block] = self._lanes + turn % COPY_AGENTS
+            turn = self._next.get((block, proxy), 0)
+            self._next[block, proxy] = turn + 1
+            first, count = (0, PROXY_AGENTS) if proxy else (PROXY_AGENTS, GENERIC_AGENTS)
+            agent = agents[block] = self._lanes + first + turn % count
         return agent
 
     def forget(self, key: int) -> None:

@@ -21,6 +21,12 @@ from cumla.sim.race.shadow import Shadow
 if TYPE_CHECKING:
     from cumla.sim.wave import Wave
 
+# What an asynchronous access is called, its order and its scope.
+_ASYNCHRONOUS = {
+    "read": ("asynchronous read", "weak", "cta"),
+    "write": ("asynchronous copy", "weak", "cta"),
+    "atomic": ("asynchronous reduction", "relaxed", "gpu"),
+}
 _LANES_KEPT = 64
 _LOG_SHORT = 1 << 12
 _ALL_LANES = 0xFFFFFFFF
@@ -265,45 +271,47 @@ class RaceDetector:
         offsets: Array,
         rows: Array,
         nbytes: int,
+        proxy: bool = True,
     ) -> int:
-        """The asynchronous proxy accesses memory on behalf of lanes: bulk copies, wgmma.
+        """Asynchronous operations access memory on behalf of lanes: bulk copies, wgmma, st.async.
 
-        Ordered before that is what the issuer knows; of what threads wrote, only what a proxy fence
-        covered. Ordered after it is nothing until `completed` or `completed_to` is called.
+        Ordered before that is what the issuer knows; for those of the asynchronous proxy, of what
+        was written through the generic one only what a proxy fence covered. Ordered after it is
+        nothing until `completed` or `completed_to` is called.
 
         Args:
             issuers: [m] the lanes.
             agents: [m] names of the queues that do the work, any int64: what one does is known up
                 to a stamp, and reads of one follow each other.
             space: "shared" or "global".
-            kind: "read" or "write".
+            kind: "read", "write" or "atomic".
             offsets: [k] byte offsets in the arena of the space, of nbytes bytes each.
             rows: [k] which of the issuers each is for.
+            proxy: they are of the asynchronous proxy; always the same for a queue.
 
         Returns:
             The stamp of these accesses.
         """
-        name = "asynchronous read" if kind == "read" else "asynchronous copy"
-        site = self._history.site(ins, name, "weak", "cta")
+        site = self._history.site(ins, *_ASYNCHRONOUS[kind])
         shadow = self._shared if space == "shared" else self._global
         state = self._history.begin(site) | SPECIAL
         blocks = self._threads.block[issuers] << self._layout.local_bits
-        who = blocks | self._locals(issuers, agents)
+        who = blocks | self._locals(issuers, agents, proxy)
         # Writes of one queue are not in order: nobody's is what is compared with the others.
         alike = who if kind == "read" else blocks | self._layout.nobody
         nothing = np.ones(issuers.shape[0], np.int64)
         lanes = Lanes(issuers, alike, nothing[0], nothing, None, even=False)
-        step = Step(shadow, site, self._history.now, lanes, who | state, proxy=True)
+        step = Step(shadow, site, self._history.now, lanes, who | state, proxy)
         self._run(step.take(rows), offsets, nbytes)
         if self.overlap is not None and shadow.paged:
             self.overlap.access(self._clocks, ins, issuers[rows], offsets, nbytes, kind, False)
         return self._history.now
 
-    def _locals(self, gids: Array, agents: Array) -> Array:
+    def _locals(self, gids: Array, agents: Array, proxy: bool = True) -> Array:
         """[m] the local threads that stand for queues of the lanes' blocks."""
         blocks = self._threads.block[gids].tolist()
         pairs = zip(blocks, agents.tolist(), strict=True)
-        return np.array([self._agents.of(block, agent) for block, agent in pairs], np.int64)
+        return np.array([self._agents.of(block, agent, proxy) for block, agent in pairs], np.int64)
 
     def completed(self, gids: Array, agents: Array, stamp: int) -> None:
         """Lane gids[i] knows what queue agents[i] of its block did up to the stamp."""

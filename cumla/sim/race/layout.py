@@ -9,8 +9,10 @@ from cumla.sim.errors import LaunchError
 
 SPECIAL = 1 << 62  # a state that no barrier alone can make harmless
 SPLIT = SPECIAL | 1 << 61  # the cell is divided: its halves hold the states
-# Threads added to each block that stand for asynchronous copies; as many as a warp has lanes.
+# Threads added to each block that stand for asynchronous copies; as many as a warp has lanes. The
+# first stand for what the asynchronous proxy does, the others for st.async and cp.async.
 COPY_AGENTS = 32
+PROXY_AGENTS = 24
 
 
 class Layout:
@@ -33,6 +35,7 @@ class Layout:
         wide: the many are of more than one warp.
         cross: the many are of more than one block.
         pending: an asynchronous copy that has not landed.
+        generic: locals from here on, and those of lanes, access memory through the generic proxy.
         nobody: the local number of no thread.
         not_own, warp_alone, block_alone: what must be zero in `state ^ thread` for the state to
             be of the thread alone, or of threads of its warp, or of its block.
@@ -40,6 +43,7 @@ class Layout:
 
     def __init__(self, blocks: int, lanes: int) -> None:
         self.lanes = lanes
+        self.generic = lanes + PROXY_AGENTS
         self.nobody = lanes + COPY_AGENTS
         self.local_bits = self.nobody.bit_length()
         bits = self.local_bits + max(blocks - 1, 1).bit_length()

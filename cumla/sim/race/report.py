@@ -24,8 +24,8 @@ class Access:
     """One of the two accesses of a race.
 
     Attributes:
-        kind: "read", "write", "atomic", "asynchronous copy", "asynchronous read", or "exit" of the
-            block whose shared memory it is.
+        kind: "read", "write", "atomic", "asynchronous copy", "asynchronous read", "asynchronous
+            reduction", or "exit" of the block whose shared memory it is.
         thread: None for a copy that nobody waited for by itself, only through an mbarrier.
         line: source line, "file.cu:12", or the PTX line where there is no line information.
         text: the PTX instruction.
@@ -92,8 +92,8 @@ class Site:
 
     Attributes:
         number: among all sites of the launch.
-        kind: "read", "write", "atomic", "asynchronous copy", "asynchronous read", or "exit" of the
-            block whose shared memory it is.
+        kind: "read", "write", "atomic", "asynchronous copy", "asynchronous read", "asynchronous
+            reduction", or "exit" of the block whose shared memory it is.
         strength: 0: weak; 1: strong, for threads of one block; 2: strong for all.
         flags: of the states that it leaves, the stamp and thread left out.
     """
