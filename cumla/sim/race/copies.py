@@ -72,8 +72,9 @@ class Agents:
     """The threads that stand for the copies which complete phases of mbarriers.
 
     Each key has its own in its block, so that to wait for one copy is not to wait for another.
-    There are COPY_AGENTS in a block, those of either proxy given out in turn: who waits for a key knows too much, namely
-    the copies of a key so many before it. That may hide a race; it cannot invent one.
+    There are COPY_AGENTS in a block, given out in turn, those of either proxy by themselves: who
+    waits for a key knows too much, namely the copies of a key so many before it. That may hide a
+    race; it cannot invent one.
 
     Attributes:
         used: whether any has been given out.
