@@ -11,7 +11,7 @@ import ml_dtypes
 import naive
 import numpy as np
 import pytest
-from comparison import DENSE_OUT, LSE_DECODE, assert_close
+from comparison import DENSE_OUT, KV_SIZE, LSE_DECODE, assert_close
 from naive import TIGHT, same_bits
 from numpy.typing import NDArray
 from poison import ABSURD_ID, poison, scattered
@@ -39,6 +39,7 @@ class Case:
     half: str = "bfloat16"
     scale: float | None = None
     strided: bool = False
+    kv_size: float = KV_SIZE
 
     @property
     def b(self) -> int:
@@ -94,7 +95,7 @@ def make(case: Case) -> Inputs:
         used += blocks[i]
         for block in range(blocks[i]):
             count = min(length - block * case.page_size, case.page_size)
-            rows = numbers(count, case.h_kv, D_QK, size=0.3)
+            rows = numbers(count, case.h_kv, D_QK, size=case.kv_size)
             cache[table[i, block], :count] = rows
     q = numbers(case.b, case.s_q, case.h_q, D_QK, size=1)
     lengths = np.array(case.lengths, np.int32)
@@ -161,6 +162,11 @@ HARD = [
 ]
 
 
+def large(cases: list[Case]) -> list[Case]:
+    """For the numpy backend, whose weights are float32: numbers that the kernels' are not for."""
+    return [replace(one, kv_size=3 * KV_SIZE) for one in cases]
+
+
 def test_the_sample_covers_every_value() -> None:
     print(f"{len(CASES)} of {TOTAL} cases, times the lengths")
     for name, values in AXES.items():
@@ -168,7 +174,7 @@ def test_the_sample_covers_every_value() -> None:
     assert {length for case in CASES for length in case.lengths} == set(LENGTHS)
 
 
-@pytest.mark.parametrize("case", CASES + HARD, ids=str)
+@pytest.mark.parametrize("case", large(CASES + HARD), ids=str)
 def test_case(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     given = make(case)
     out, lse = given.run()
@@ -219,7 +225,7 @@ PLANS: list[dict[str, int]] = [
 
 
 @pytest.mark.parametrize("how", PLANS, ids=str)
-@pytest.mark.parametrize("case", HARD[:4], ids=str)
+@pytest.mark.parametrize("case", large(HARD[:4]), ids=str)
 def test_any_plan_gives_the_same_result(case: Case, how: dict[str, int]) -> None:
     given = make(case)
     plan = cumla.plan_decode(given.cache_seqlens, **how)

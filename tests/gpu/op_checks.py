@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import test_dense_decode as dense
 import test_sparse_decode as sparse
-from comparison import DENSE_OUT, LSE_DECODE, SPARSE_OUT, assert_close
+from comparison import DENSE_OUT, KV_SIZE, LSE_DECODE, SPARSE_OUT, assert_close
 from naive import same_bits
 from numpy.typing import NDArray
 from poison import poison
@@ -106,8 +106,8 @@ def paged_cache(machine: Machine, layout: layouts.KVLayout) -> None:
     """Appends, a fork, a copy on write: pages, rows and indices are a CPU's to the bit."""
     rng = np.random.default_rng(2)
     lengths = [70, 0, 33]
-    kv = (rng.standard_normal((sum(lengths), layout.d_qk)) * 0.3).astype(layout.compute_dtype)
-    more = (rng.standard_normal((5, layout.d_qk)) * 0.3).astype(layout.compute_dtype)
+    kv = (rng.standard_normal((sum(lengths), layout.d_qk)) * KV_SIZE).astype(layout.compute_dtype)
+    more = (rng.standard_normal((5, layout.d_qk)) * KV_SIZE).astype(layout.compute_dtype)
     positions = rng.integers(-1, 33, (2, 2, 9)).astype(np.int32)
     found = []
     for backend in ("numpy", "cupy"):

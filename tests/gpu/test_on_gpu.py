@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import test_dense_decode as dense
 import test_sparse_decode as sparse
-from comparison import DENSE_OUT, LSE_DECODE, SPARSE_OUT, assert_close
+from comparison import DENSE_OUT, KV_SIZE, LSE_DECODE, SPARSE_OUT, assert_close
 from naive import same_bits
 
 import cumla
@@ -113,7 +113,7 @@ def test_a_large_dense_batch(machine: RealGpu, h_q: int) -> None:
     rng = np.random.default_rng(0)
     lengths = rng.integers(0, 4097, 16).astype(np.int32)
     q = np.clip(rng.standard_normal((16, 2, h_q, 576), np.float32), -1, 1)
-    cache = np.clip(rng.standard_normal((16 * 64, 64, 1, 576), np.float32) / 10, -1, 1)
+    cache = np.clip(rng.standard_normal((16 * 64, 64, 1, 576), np.float32) * KV_SIZE, -1, 1)
     arguments = {
         "q": q.astype(ml_dtypes.bfloat16),
         "kv_cache": cache.astype(ml_dtypes.bfloat16),
@@ -133,7 +133,7 @@ def test_a_large_sparse_batch(machine: RealGpu, layout: cumla.layouts.KVLayout) 
     """Against the numpy backend in float32."""
     rng = np.random.default_rng(0)
     half = layout.compute_dtype
-    kv = np.clip(rng.standard_normal((300, 64, 1, layout.d_qk), np.float32) / 10, -1, 1)
+    kv = np.clip(rng.standard_normal((300, 64, 1, layout.d_qk), np.float32) * KV_SIZE, -1, 1)
     q = np.clip(rng.standard_normal((16, 2, 64, layout.d_qk), np.float32), -1, 1)
     arguments = {
         "q": q.astype(half),
