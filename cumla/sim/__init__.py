@@ -30,6 +30,7 @@ from cumla.sim.grid import Launch
 from cumla.sim.memory import DeviceArray
 from cumla.sim.module import Kernel, LoadedModule
 from cumla.sim.stream import Stream
+from cumla.sim.tensormap import TensorMap, TensorMapError, tensor_map
 
 __all__ = [
     "Deadlock",
@@ -47,6 +48,9 @@ __all__ = [
     "RaceError",
     "SimError",
     "Stream",
+    "TensorMap",
+    "TensorMapError",
     "UnsupportedPTX",
     "load",
+    "tensor_map",
 ]

@@ -10,6 +10,7 @@ import numpy as np
 from cumla.sim.errors import LaunchError
 from cumla.sim.memory import DeviceArray
 from cumla.sim.ptx.syntax import Variable
+from cumla.sim.tensormap import TensorMap
 
 
 def marshal(kernel: str, parameters: Sequence[Variable], args: Sequence[Any], size: int) -> bytes:
@@ -35,7 +36,7 @@ def marshal(kernel: str, parameters: Sequence[Variable], args: Sequence[Any], si
 def _encode(name: str, parameter: Variable, value: Any) -> bytes:
     if isinstance(value, DeviceArray):
         data = value.address.to_bytes(8, "little")
-    elif isinstance(value, (bytes, bytearray, memoryview)):
+    elif isinstance(value, (bytes, bytearray, memoryview, TensorMap)):
         data = bytes(value)
     elif isinstance(value, np.generic):
         data = value.tobytes()
