@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cumla.sim.cohort import WARP, Cohort
+from cumla.sim.memory.device import BASE
+from cumla.sim.memory.words import Words
 from cumla.sim.program.inline import FlatKernel
 from cumla.sim.ptx.syntax import Instruction
 from cumla.sim.wave import Geometry
@@ -75,6 +77,9 @@ class Row:
             would do without bank conflicts.
         tensor_flops: floating point (or integer) operations of mma.
         barrier_waits: warps that waited at barriers.
+        bulk_bytes: bytes that bulk and tensor copies wrote to their destinations.
+        bulk_sectors: 32-byte sectors of global memory that each of them read or wrote.
+        multicast_bytes_saved: bytes that multicast read once for several blocks, less that once.
         by_class: warp instructions of each class.
     """
 
@@ -89,6 +94,9 @@ class Row:
     shared_wavefronts_least: int = 0
     tensor_flops: int = 0
     barrier_waits: int = 0
+    bulk_bytes: int = 0
+    bulk_sectors: int = 0
+    multicast_bytes_saved: int = 0
     by_class: dict[str, int] = field(default_factory=dict)
 
     def add(self, other: Row) -> None:
@@ -170,6 +178,17 @@ class Counters:
             np.add.at(load, (number, words % BANKS), 1)
             row.shared_wavefronts += int(load.max(axis=1).sum())
             row.shared_wavefronts_least += int((-(-load.sum(axis=1) // BANKS)).sum())
+
+    def bulk(self, ins: Instruction, source: Words, written: list[Words]) -> None:
+        """A lane copies from source to each of `written`."""
+        row = self.row(ins.index)
+        row.bulk_bytes += sum(words.offset.shape[0] * words.width for words in written)
+        row.multicast_bytes_saved += (len(written) - 1) * source.offset.shape[0] * source.width
+        for words in (source, written[0]):
+            if words.space == "global":
+                sectors = np.unique((words.offset + BASE) // SECTOR)
+                row.bulk_sectors += int(sectors.shape[0])
+                self._sectors.setdefault(ins.index, []).append(sectors)
 
     # Asked for afterwards.
 

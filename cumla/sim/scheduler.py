@@ -70,10 +70,13 @@ class Scheduler:
             while self.runnable:
                 self.turn()
             if not self.parked and not self.spinning:
+                wave.bulk.finish()
                 return True
             if self.wake() or self.resume():
                 continue
             if wave.copies.deliver_all_arrivals() and (self.wake() or self.resume()):
+                continue
+            if self.bulk_lands():
                 continue
             vain = vain + 1 if wave.version == expired_at else 0
             expired_at = wave.version
@@ -86,6 +89,13 @@ class Scheduler:
                 if woken:
                     continue
             return False
+
+    def bulk_lands(self) -> bool:
+        """Let bulk copies land, for one mbarrier after the other, until somebody may go on."""
+        while self.wave.bulk.deliver_next():
+            if self.wake() or self.resume():
+                return True
+        return False
 
     def wake(self, run: bool = False) -> bool:
         """Ask all parked lanes again; with `run`, those that may go on make one step at once."""

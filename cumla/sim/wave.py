@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cumla.sim.barriers import Barriers
+from cumla.sim.bulk import Bulk
 from cumla.sim.cluster_barriers import ClusterBarriers
 from cumla.sim.cohort import WARP
 from cumla.sim.copies import Copies
@@ -166,6 +167,7 @@ class Wave:
         self.cluster_barriers = ClusterBarriers(self)
         self.mbarriers: dict[int, int] = {}
         self.copies = Copies(self, delivery)
+        self.bulk = Bulk(self, delivery)
 
     def exit(self, gids: NDArray[np.int64]) -> None:
         """These lanes have ended."""
@@ -175,6 +177,7 @@ class Wave:
             self.race.exited(gids)
         self.barriers.lanes_exited()
         self.cluster_barriers.lanes_exited()
+        self.bulk.lanes_exited()
         if self.registers is not None:
             self.registers.exited(gids)
         if self.dependency is not None:

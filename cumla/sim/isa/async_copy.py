@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 
 from cumla.sim.cohort import Cohort
 from cumla.sim.errors import KernelTrap
+from cumla.sim.isa.bulk import bulk, reduce_bulk
 from cumla.sim.isa.table import Env, Op, Unsupported, instruction
+from cumla.sim.isa.tensor_copy import reduce_tensor, tensor
 from cumla.sim.mbarriers import Found, Words
 from cumla.sim.memory.access import reader, writer
 from cumla.sim.memory.arena import WORDS
@@ -35,8 +37,15 @@ ONE = np.ones(1, np.uint32)
 
 @instruction("cp")
 def cp(ins: Instruction, env: Env) -> Op:
-    """cp.async and what waits for it."""
+    """cp.async and what waits for it; bulk and tensor copies have files of their own."""
     words = ins.modifiers
+    if words[:4] == ("reduce", "async", "bulk", "tensor"):
+        return reduce_tensor(ins, env)
+    if words[:3] == ("reduce", "async", "bulk"):
+        return reduce_bulk(ins, env)
+    if words[:2] == ("async", "bulk"):
+        tensors = "tensor" in words[2:3] or words[2:4] == ("prefetch", "tensor")
+        return tensor(ins, env) if tensors else bulk(ins, env)
     if words[:1] != ("async",):
         raise Unsupported(f"form {ins.name!r}")
     if words[1:] == ("commit_group",) and not ins.operands:

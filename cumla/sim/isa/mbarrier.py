@@ -180,7 +180,9 @@ def _wait(ins: Instruction, env: Env) -> Op:
         if env.count and blocks:
             c.wave.counters.wait(ins, c)
         if not blocks and not done.all():
-            c.wave.copies.deliver_arrivals(barriers.lane_offsets[~c.full(done)])
+            waited_for = barriers.lane_offsets[~c.full(done)]
+            c.wave.copies.deliver_arrivals(waited_for)
+            c.wave.bulk.deliver_arrivals(waited_for)
         return done
 
     def ready(c: Cohort, address: Array, wanted: Array, hint: Any = None) -> Any:

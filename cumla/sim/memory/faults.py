@@ -46,8 +46,12 @@ class Access:
     window: int = 0
 
 
-def fault(access: Access, c: Cohort, address: NDArray[np.int64]) -> MemoryFault:
-    """The error for an access that some lane must not make; of those, it names the first."""
+def fault(access: Access, c: Cohort, address: NDArray[np.int64], detail: str = "") -> MemoryFault:
+    """The error for an access that some lane must not make; of those, it names the first.
+
+    Args:
+        detail: what else there is to say of the access.
+    """
     address = c.full(address)
     problems = _problems(access, c, address)
     lane = int(np.flatnonzero(problems.any(axis=0))[0])
@@ -64,6 +68,8 @@ def fault(access: Access, c: Cohort, address: NDArray[np.int64]) -> MemoryFault:
     place = _place(access, c, lane, at)
     if place:
         text += f", {place}"
+    if detail:
+        text += f", {detail}"
     if many > 1:
         text += f" ({many} lanes do so)"
     if KINDS[which] == "read of unwritten memory" and c.wave.dependency is not None:
