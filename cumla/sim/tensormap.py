@@ -39,10 +39,15 @@ MAP_BYTES, MAP_ALIGN = 128, 64
 LARGEST_DIM, LARGEST_BOX, LARGEST_ELEMENT_STRIDE = 1 << 32, 256, 8
 STRIDE_LIMIT = 1 << 40
 MARK = 0x50414D544C4D5543  # "CUMLTMAP"
-# Mark, address, 5 dimensions (0 is 2^32), 4 strides, 5 sizes of the box, 5 element strides, data
-# type, rank less one, interleave, swizzle, L2 promotion, fill: tensormap.replace may begin with a
-# map of zeros, so zero is a value that each field may have.
-LAYOUT = struct.Struct("<QQ5I4Q5I5I6B")
+# Mark, address, 4 strides, 5 dimensions (0 is 2^32), 5 sizes of the box, 5 element strides, and a
+# byte each for the data type, rank less one, interleave, swizzle, L2 promotion and fill.
+LAYOUT = struct.Struct("<QQ4Q5I5I5I6B")
+# Where fields begin, by the names that tensormap.replace has for them.
+OFFSETS = {
+    "global_address": 8, "global_stride": 16, "global_dim": 48, "box_dim": 68,
+    "element_stride": 88, "elemtype": 108, "rank": 109, "interleave_layout": 110,
+    "swizzle_mode": 111, "fill_mode": 113,
+}  # fmt: skip
 
 
 class TensorMapError(LaunchError):
@@ -105,8 +110,8 @@ class TensorMap:
         packed = LAYOUT.pack(
             MARK,
             self.global_address,
-            *_five(n % LARGEST_DIM for n in self.global_dim),
             *(*self.global_strides, *[0] * (5 - rank)),
+            *_five(n % LARGEST_DIM for n in self.global_dim),
             *_five(self.box_dim),
             *_five(self.element_strides),
             list(DATA_TYPES).index(self.data_type),
@@ -295,8 +300,8 @@ def decode(data: bytes) -> TensorMap:
     made = TensorMap(
         list(DATA_TYPES)[kind],
         address,
-        tuple(n or LARGEST_DIM for n in fields[:rank]),
-        tuple(fields[5 : 5 + last]),
+        tuple(n or LARGEST_DIM for n in fields[4 : 4 + rank]),
+        tuple(fields[:last]),
         tuple(fields[9 : 9 + rank]),
         tuple(fields[14 : 14 + rank]),
         list(INTERLEAVES)[interleave],

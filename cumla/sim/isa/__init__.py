@@ -23,6 +23,7 @@ FAMILIES = (
     "matrix",
     "mma",
     "async_copy",
+    "tensormap",
     "mbarrier",
     "cluster",
     "barrier",

@@ -242,10 +242,10 @@ def _source(
 
     def assemble(data: Array) -> Array:
         box = tensor_box.filled(m, at.rows.shape[0])
-        inside = tensor_box.converted(m, data.view(WORDS[at.width]))
-        inside = inside.reshape(np.count_nonzero(at.rows), -1)
         cells = box.view(WORDS[at.width])
-        if at.rows.all() and at.columns.all():
+        shape = (np.count_nonzero(at.rows), np.count_nonzero(at.columns))
+        inside = tensor_box.converted(m, data).reshape(shape)
+        if shape == cells.shape:
             cells[...] = inside
         else:
             cells[np.ix_(at.rows, at.columns)] = inside

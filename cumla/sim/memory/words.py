@@ -62,6 +62,8 @@ class Words:
     def update(self, change: Update, elements: Any, values: Array) -> None:
         """Change each word, an element of this dtype, by an atomic update with its value."""
         index = self.index
+        if index.shape[0] == 0:
+            return
         change(self.arena.views[elements], index, (values,))
         self.mark(index)
 

@@ -1,0 +1,116 @@
+"""cp.reduce.async.bulk: every operation and type, against NumPy."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from sim.bulk_kit import DELIVERIES, launch
+
+DTYPES = {
+    "u32": np.uint32, "s32": np.int32, "u64": np.uint64, "s64": np.int64, "b32": np.uint32,
+    "b64": np.uint64, "f32": np.float32, "f64": np.float64, "f16": np.float16,
+    "bf16": ml_dtypes.bfloat16,
+}  # fmt: skip
+GLOBAL = [
+    *(("add", kind) for kind in ("u32", "s32", "u64", "f32", "f64", "f16", "bf16")),
+    *((op, kind) for op in ("min", "max") for kind in ("u32", "s32", "u64", "s64", "f16", "bf16")),
+    ("inc", "u32"), ("dec", "u32"),
+    *((op, kind) for op in ("and", "or", "xor") for kind in ("b32", "b64")),
+]  # fmt: skip
+SHARED = [
+    ("add", "u32"), ("add", "s32"), ("add", "u64"), ("min", "u32"), ("max", "s32"), ("inc", "u32"),
+    ("dec", "u32"), ("and", "b32"), ("or", "b32"), ("xor", "b32"),
+]  # fmt: skip
+SMALLEST = np.float32(2.0**-126)
+
+
+def reduced(op, kind, old, new):
+    """What an element of the destination becomes."""
+    if op == "inc":
+        return np.where(old >= new, 0, old + np.uint32(1)).astype(old.dtype)
+    if op == "dec":
+        return np.where((old == 0) | (old > new), new, old - np.uint32(1)).astype(old.dtype)
+    if op == "add" and kind == "f32":
+        old, new = (np.where(abs(x) < SMALLEST, x * np.float32(0), x) for x in (old, new))
+        total = old + new
+        return np.where(abs(total) < SMALLEST, total * np.float32(0), total)
+    functions = {
+        "add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and,
+        "or": np.bitwise_or, "xor": np.bitwise_xor,
+    }  # fmt: skip
+    with np.errstate(over="ignore"):
+        return functions[op](old, new)
+
+
+def values(rng, kind, n):
+    dtype = np.dtype(DTYPES[kind])
+    if dtype.kind in "ui":
+        few = rng.integers(0, 4, n).astype(dtype)
+        return np.where(rng.random(n) < 0.5, few, rng.integers(0, 1 << 62, n).astype(dtype))
+    scales = rng.choice([1.0, 2.0**-130, 2.0**-14] if kind == "f32" else [1.0, 2.0**-5], n)
+    return (rng.standard_normal(n) * scales).astype(dtype)
+
+
+TO_GLOBAL = r"""
+extern "C" __global__ void k(unsigned char* to, const u32* from) {
+    __shared__ __align__(16) u32 buffer[256];
+    for (int i = threadIdx.x; i < 256; i += blockDim.x) buffer[i] = from[i];
+    proxy_fence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.FORM [%0], [%1], 1024;"
+                     :: "l"(to), "r"(shared_address(buffer)) : "memory");
+        commit();
+        wait_group<0>();
+    }
+}
+"""
+
+TO_SHARED = r"""
+extern "C" __global__ void k(u32* to, const u32* from) {
+    __shared__ __align__(16) u32 source[256], target[256];
+    __shared__ u64 bar;
+    for (int i = threadIdx.x; i < 256; i += blockDim.x) { source[i] = from[i]; target[i] = to[i]; }
+    if (threadIdx.x == 0) init(&bar, 1);
+    proxy_fence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        expect(&bar, 1024);
+        asm volatile("cp.reduce.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes"
+                     ".FORM [%0], [%1], 1024, [%2];"
+                     :: "r"(shared_address(target)), "r"(shared_address(source)),
+                        "r"(shared_address(&bar)) : "memory");
+    }
+    wait(&bar, 0);
+    for (int i = threadIdx.x; i < 256; i += blockDim.x) to[i] = target[i];
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("source", "op", "kind"),
+    [(TO_GLOBAL, *form) for form in GLOBAL] + [(TO_SHARED, *form) for form in SHARED],
+)
+def test_every_reduction(source, op, kind):
+    rng = np.random.default_rng(3)
+    n = 1024 // np.dtype(DTYPES[kind]).itemsize
+    old, new = values(rng, kind, n), values(rng, kind, n)
+    noftz = "noftz." if op == "add" and kind in ("f16", "bf16") else ""
+    text = source.replace("FORM", f"{op}.{noftz}{kind}")
+    wanted = reduced(op, kind, old, new)
+    assert (wanted != old).any()
+    for delivery in DELIVERIES:
+        to, _ = launch(
+            text, 1, 64, old.view(np.uint8), new.view(np.uint8).view(np.uint32), delivery=delivery
+        )
+        assert to.tobytes() == wanted.tobytes()
+
+
+def test_blocks_add_up():
+    text = TO_GLOBAL.replace("FORM", "add.u32")
+    ones = np.arange(256, dtype=np.uint32)
+    for delivery in DELIVERIES:
+        to, _ = launch(text, 7, 64, 0 * ones.view(np.uint8), ones, delivery=delivery)
+        assert np.array_equal(to.view(np.uint32), 7 * ones)
