@@ -235,7 +235,7 @@ def test_bad_stores():
 
 def test_without_checks_memory_still_ends():
     with pytest.raises(sim.MemoryFault):
-        launch(ONE.replace("COPY;", LOAD + ";"), 1, 1, np.zeros(4, np.uint32), 1 << 25, 0, 64, 1,
+        launch(ONE.replace("COPY;", LOAD + ";"), 1, 1, np.zeros(4, np.uint32), 1 << 30, 0, 64, 1,
                checks=())  # fmt: skip
 
 

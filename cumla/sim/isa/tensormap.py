@@ -16,7 +16,7 @@ from cumla.sim.errors import KernelTrap
 from cumla.sim.isa.table import Env, Op, Unsupported, instruction
 from cumla.sim.memory.access import reader, writer
 from cumla.sim.memory.arena import WORDS
-from cumla.sim.memory.spaces import in_window
+from cumla.sim.memory.spaces import CLUSTER, in_window
 from cumla.sim.ptx.syntax import Immediate, Instruction
 from cumla.sim.tensormap import (
     DATA_TYPES,
@@ -63,7 +63,7 @@ class MapReader:
     def _map(self, c: Cohort, at: int) -> TensorMap:
         if at % MAP_ALIGN:
             raise self._trap(c, f"tensor map at {at:#x}; its address must be a multiple of 64")
-        if in_window(np.array([at]), "shared")[0] or in_window(np.array([at]), "local")[0]:
+        if in_window(np.array([at]), CLUSTER)[0] or in_window(np.array([at]), "local")[0]:
             raise self._trap(
                 c,
                 f"tensor map at {at:#x}; it must lie in parameters (a const __grid_constant__ "
