@@ -39,13 +39,15 @@ __device__ void proxy_fence() { asm volatile("fence.proxy.async;" ::: "memory");
 __device__ void load(void* to, const void* from, u32 bytes, u64* bar) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
                  " [%0], [%1], %2, [%3];"
-                 :: "r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(bar))
+                 :: "r"(shared_address(to)), "l"(from),
+                    "r"(bytes), "r"(shared_address(bar)) // BULK LOAD
                  : "memory");
 }
 
 __device__ void store(void* to, const void* from, u32 bytes) {
     asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;"
-                 :: "l"(to), "r"(shared_address(from)), "r"(bytes) : "memory");
+                 :: "l"(to), "r"(shared_address(from)),
+                    "r"(bytes) : "memory"); // BULK STORE
 }
 
 __device__ void commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
