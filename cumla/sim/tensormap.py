@@ -71,8 +71,8 @@ class TensorMap:
     """A tensor map; `bytes(map)` are its 128 bytes.
 
     Pass it for a `const __grid_constant__ CUtensorMap` parameter of a kernel, or upload
-    `np.frombuffer(bytes(map), np.uint8)` and pass the array's address. All tuples begin with the
-    innermost dimension.
+    `np.frombuffer(bytes(map), np.uint8)` and pass the array's address. A map does not keep the
+    tensor's memory alive. All tuples begin with the innermost dimension.
 
     Attributes:
         data_type: a name of `DATA_TYPES`.

@@ -163,6 +163,8 @@ def _to_shared(ins: Instruction, env: Env, to: str, source: str, rest: list[str]
                 _target(c, env, at, bar, length)
                 for at, bar in multicast(ins, c, k, int(offsets[k]), int(bars[k]), masks[k])
             ]
+            if not targets:
+                continue
             barrier.must_live(c, k, targets)
             transfer = Transfer(gid, barrier.words, words, [t for t, _ in targets], length)
             tell(ins, env, c, transfer, [w for _, w in targets])

@@ -98,8 +98,8 @@ def multicast(
     """(destination, mbarrier) as offsets in the arena, for each block that a copy goes to.
 
     Args:
-        mask: the blocks, by rank; they get the data where it would go in the block that the
-            address names. None for no multicast.
+        mask: the blocks, by rank, perhaps none; they get the data where it would go in the block
+            that the address names. None for no multicast.
     """
     if mask is None:
         return [(offset, barrier)]

@@ -140,6 +140,8 @@ def _load(ins: Instruction, env: Env, rank: int, space: str, rest: list[str]) ->
                 words = Words(c.wave, "shared", at + pieces, width, env.check_memory)
                 write = partial(_write_box, words, assemble)
                 targets.append((Target(write, at // c.wave.shared_stride, bar), words))
+            if not targets:
+                continue
             barrier.must_live(c, k, targets)
             goals = [target for target, _ in targets]
             nbytes = tensor_box.box_bytes(m)

@@ -1,0 +1,196 @@
+"""Bulk and tensor copies in clusters: multicast, copies to other blocks' shared memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cumla import sim
+from sim import cuda
+from sim.bulk_kit import DELIVERIES, HEAD, launch
+
+BOTH = ("memory", "race")
+
+CLUSTER = r"""
+struct alignas(64) Map { u64 words[16]; };
+__device__ u32 rank() { u32 r; asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r)); return r; }
+__device__ u32 far(u32 at, u32 to) {
+    u32 r;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(at), "r"(to));
+    return r;
+}
+__device__ void meet() {
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+"""
+
+# Each block of a cluster sends one part of 32 words to the blocks of its mask.
+MULTICAST = (
+    CLUSTER
+    + r"""
+extern "C" __global__ void k(const u32* in, u32* out, const u32* masks, u32 bytes) {
+    __shared__ __align__(128) u32 buffer[4][32];
+    __shared__ u64 bar;
+    u32 r = rank();
+    for (int k = 0; k < 4; ++k) buffer[k][threadIdx.x] = 7;
+    if (threadIdx.x == 0) init(&bar, 1);
+    proxy_fence();
+    meet();
+    if (threadIdx.x == 0) {
+        u32 mine = 0;
+        for (int k = 0; k < 4; ++k) mine += masks[k] >> r & 1;
+        expect(&bar, bytes * mine);
+        unsigned short mask = masks[r];
+        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+                     ".multicast::cluster [%0], [%1], %2, [%3], %4;"
+                     :: "r"(shared_address(buffer[r])), "l"(in + 32 * r), "r"(bytes),
+                        "r"(shared_address(&bar)), "h"(mask) : "memory");
+    }
+    wait(&bar, 0);
+    out += blockIdx.x * 128 + threadIdx.x;
+    for (int k = 0; k < 4; ++k) out[k * 32] = buffer[k][threadIdx.x];
+    meet();
+}
+"""
+)
+
+
+@pytest.mark.parametrize("delivery", DELIVERIES)
+@pytest.mark.parametrize("masks", [(15, 15, 15, 15), (1, 2, 4, 8), (8, 15, 3, 6), (0, 0, 1, 15)])
+def test_multicast(delivery, masks):
+    x = np.arange(128, dtype=np.uint32) + 100
+    _, out, _ = launch(
+        MULTICAST, 8, 32, x, np.zeros(8 * 128, np.uint32), np.array(masks, np.uint32), 128,
+        cluster=4, delivery=delivery, checks=BOTH,
+    )  # fmt: skip
+    out = out.reshape(2, 4, 4, 32)
+    for part, mask in enumerate(masks):
+        for block in range(4):
+            wanted = x.reshape(4, 32)[part] if mask >> block & 1 else np.full(32, 7)
+            assert (out[:, block, part] == wanted).all()
+
+
+def test_multicast_beyond_the_cluster():
+    x = np.zeros(128, np.uint32)
+    with pytest.raises(sim.KernelTrap, match="blocks 0x0010 of a cluster of 4"):
+        launch(MULTICAST, 4, 32, x, np.zeros(512, np.uint32), np.array([16, 1, 1, 1], np.uint32),
+               128, cluster=4)  # fmt: skip
+
+
+def test_a_block_that_got_too_little_waits_for_ever():
+    x = np.zeros(128, np.uint32)
+    with pytest.raises(sim.Deadlock, match="bytes missing"):
+        launch(MULTICAST.replace("bytes * mine", "bytes * mine + 16 * r"), 4, 32, x,
+               np.zeros(512, np.uint32), np.array([15, 15, 15, 15], np.uint32), 128,
+               cluster=4)  # fmt: skip
+
+
+TENSOR = (
+    CLUSTER
+    + r"""
+extern "C" __global__ void k(const __grid_constant__ Map map, u32* out) {
+    __shared__ __align__(1024) u32 buffer[256];
+    __shared__ u64 bar;
+    if (threadIdx.x == 0) init(&bar, 1);
+    meet();
+    if (threadIdx.x == 0) {
+        expect(&bar, 1024);
+        // Each block sends half of a box to both.
+        u32 r = rank();
+        unsigned short mask = 3;
+        asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+                     ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;"
+                     :: "r"(shared_address(buffer + 128 * r)), "l"(&map), "r"(shared_address(&bar)),
+                        "r"(8), "r"(4 * (int)r), "h"(mask) : "memory");
+    }
+    wait(&bar, 0);
+    for (int i = threadIdx.x; i < 256; i += 32) out[blockIdx.x * 256 + i] = buffer[i];
+    meet();
+}
+"""
+)
+
+
+@pytest.mark.parametrize("delivery", DELIVERIES)
+def test_tensor_multicast(delivery):
+    x = np.arange(16 * 64, dtype=np.uint32).reshape(16, 64)
+    device = sim.Device("sm_90a", memory_bytes=1 << 22)
+    array = device.upload(x)
+    m = sim.tensor_map(array, box_dim=[32, 4])
+    (out,) = launch(TENSOR, 2, 32, m, np.zeros(512, np.uint32), cluster=2, device=device,
+                    delivery=delivery, checks=BOTH)  # fmt: skip
+    assert np.array_equal(out.reshape(2, 8, 32), np.stack([x[:8, 8:40]] * 2))
+
+
+def test_counters_of_multicast():
+    x = np.arange(16 * 64, dtype=np.uint32).reshape(16, 64)
+    device = sim.Device("sm_90a", memory_bytes=1 << 22)
+    array = device.upload(x)
+    m = sim.tensor_map(array, box_dim=[32, 4])
+    kernel = device.load(cuda.ptx(HEAD + TENSOR)).kernel("k")
+    out = device.upload(np.zeros(512, np.uint32))
+    total = kernel.launch(2, 32, [m, out], cluster=2, counters=True).counters.total()
+    assert total.bulk_bytes == 2 * 2 * 512
+    assert total.bulk_sectors == 2 * 512 // 32
+    assert total.multicast_bytes_saved == 2 * 512
+
+
+# Block 0 sends its shared memory to the others, or adds it to theirs.
+SEND = (
+    CLUSTER
+    + r"""
+extern "C" __global__ void k(const u32* in, u32* out) {
+    __shared__ __align__(128) u32 source[64], target[64];
+    __shared__ u64 bar;
+    int t = threadIdx.x;
+    source[t] = in[t];
+    target[t] = 1000 + t;
+    if (t == 0) { init(&bar, 1); expect(&bar, 256); }
+    proxy_fence();
+    meet();
+    if (t == 0) {
+        u32 to = (rank() + 1) % 3;
+        asm volatile("cp.OP" :: "r"(far(shared_address(target), to)), "r"(shared_address(source)),
+                     "r"(256), "r"(far(shared_address(&bar), to)) : "memory");
+    }
+    wait(&bar, 0);
+    out[blockIdx.x * 64 + t] = target[t] + 10000 * rank();
+    meet();
+}
+"""
+)
+COPY = "async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+ADD = (
+    "reduce.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes.add.u32"
+    " [%0], [%1], %2, [%3];"
+)
+
+
+@pytest.mark.parametrize("delivery", DELIVERIES)
+@pytest.mark.parametrize("op", [COPY, ADD])
+def test_copies_to_other_blocks(delivery, op):
+    x = np.arange(64, dtype=np.uint32)
+    _, out = launch(SEND.replace("OP", op), 3, 64, x, np.zeros(192, np.uint32), cluster=3,
+                    delivery=delivery, checks=BOTH)  # fmt: skip
+    base = x if op is COPY else 1000 + 2 * x
+    assert np.array_equal(out.reshape(3, 64), base + 10000 * np.arange(3, dtype=np.uint32)[:, None])
+
+
+def test_copies_beyond_the_cluster():
+    x = np.arange(64, dtype=np.uint32)
+    source = SEND.replace("OP", COPY).replace(
+        "far(shared_address(target), to)", "(5u << 24 | 0x400)"
+    )
+    with pytest.raises(sim.MemoryFault, match="rank 5 of a cluster of 3"):
+        launch(source, 3, 64, x, np.zeros(192, np.uint32), cluster=3)
+
+
+def test_a_peer_that_leaves_early():
+    """A block that exits while a copy to it is under way: its shared memory is gone."""
+    source = SEND.replace("OP", COPY).replace("wait(&bar, 0);", "if (rank() == 1) return;"
+                                              " wait(&bar, 0);")  # fmt: skip
+    source = source.replace("    meet();\n}", "}")
+    x = np.arange(64, dtype=np.uint32)
+    with pytest.raises(sim.RaceError, match="exit"):
+        launch(source, 3, 64, x, np.zeros(192, np.uint32), cluster=3, checks=BOTH)
