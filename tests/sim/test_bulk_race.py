@@ -89,10 +89,26 @@ def test_planted_races(changes, first, second):
 
 def test_the_groups_that_were_waited_for_are_known():
     """out[0] was stored by the first of four groups."""
-    x, out = run(ring(FINAL="wait_group<1>()"))
+    late = "if (t == 0) wait_read<0>();"
+    for groups, races in ((0, False), (3, False), (4, True)):
+        source = ring(FINAL=f"wait_group<{groups}>()").replace("// AFTER", f"// AFTER\n{late}")
+
+        if races:
+            with pytest.raises(sim.RaceError, match="asynchronous copy"):
+                run(source)
+        else:
+            x, out = run(source)
+            assert np.array_equal(out, 3 * x)
+
+
+@pytest.mark.parametrize("delivery", DELIVERIES)
+def test_a_block_must_not_end_before_its_copies_have_read(delivery):
+    source = ring(FINAL="wait_read<0>()")
+    source = source.replace("(void)*(volatile u32*)out;", "")
+    x, out = run(source, delivery)
     assert np.array_equal(out, 3 * x)
-    with pytest.raises(sim.RaceError, match="asynchronous copy"):
-        run(ring(FINAL="wait_group<4>()"))
+    with pytest.raises(sim.RaceError, match="asynchronous read .* not waited for before"):
+        run(source.replace("if (t == 0) { wait_read<0>();", "if (t == 0) {"), delivery)
 
 
 REDUCE = r"""
@@ -141,6 +157,7 @@ extern "C" __global__ void k(const u32* in, u32* out) {
     }
     wait(bar + WHICH, 0);
     out[t] = buffer[t];
+    wait(bar + 1 - WHICH, 0);
 }
 """
 
