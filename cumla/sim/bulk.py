@@ -143,10 +143,17 @@ class Bulk:
     # What makes copies land.
 
     def deliver_next(self) -> bool:
-        """Let the mbarrier that the oldest copy counts on have all its copies; False for none."""
+        """Let mbarriers have all their copies: of each block, those of its oldest copy.
+
+        False for none. Blocks go on together, as they do when nothing is late.
+        """
         if not self._loads:
             return False
-        self.deliver_arrivals(np.array([t.barrier for t in self._loads[0].targets]))
+        oldest: dict[int, Transfer] = {}
+        for transfer in self._loads:
+            oldest.setdefault(transfer.gid // self.wave.lanes_per_block, transfer)
+        barriers = [target.barrier for t in oldest.values() for target in t.targets]
+        self.deliver_arrivals(np.array(barriers))
         return True
 
     def deliver_arrivals(self, offsets: Array) -> None:
@@ -224,8 +231,9 @@ class Bulk:
         found.load()
         if self.wave.race is not None:
             keys, race = found.keys(), self.wave.race
-            race.completed_to(keys, c.gids, np.array([transfer.agent]), transfer.stamp)
             race.completed_to(keys, c.gids, np.array([target.agent]), target.stamp)
+            if transfer.agent != target.agent:  # else its reads come before its writes
+                race.completed_to(keys, c.gids, np.array([transfer.agent]), transfer.stamp)
         found.add_tx(np.array([-transfer.nbytes]))
         found.store()
 

@@ -91,7 +91,7 @@ class Scheduler:
             return False
 
     def bulk_lands(self) -> bool:
-        """Let bulk copies land, for one mbarrier after the other, until somebody may go on."""
+        """Let bulk copies land, one mbarrier of a block after the other, until somebody moves."""
         while self.wave.bulk.deliver_next():
             if self.wake() or self.resume():
                 return True

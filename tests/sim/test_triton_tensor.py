@@ -1,4 +1,4 @@
-"""Triton kernels with tensor descriptors made on the device: tensor copies as a compiler has them."""
+"""Triton kernels with tensor descriptors made on the device, and so tensor copies."""
 
 from __future__ import annotations
 
