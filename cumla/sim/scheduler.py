@@ -253,11 +253,15 @@ class Scheduler:
     def part(self, place: int, cohort: Cohort, mask: NDArray[np.bool_]) -> Cohort:
         """The lanes of a cohort where mask is true, with the registers that are live at a place."""
         regs = list(self.code.initial)
+        gids = cohort.gids[mask]
         if place != EXIT:
+            in_flight = self.wave.warpgroups if self.wave.warpgroups.under_way else None
             for number in self.places[place].live:
                 value = cohort.regs[number]
                 regs[number] = value if value.shape[0] == 1 else value[mask]
-        return Cohort(cohort.wave, cohort.gids[mask], regs)
+                if in_flight is not None:
+                    in_flight.picked(value, mask, gids, regs[number])
+        return Cohort(cohort.wave, gids, regs)
 
     def merge(self, place: int, cohorts: list[Cohort]) -> Cohort:
         """One cohort of several that stand at the same place."""
@@ -265,6 +269,8 @@ class Scheduler:
             return cohorts[0]
         gids = np.concatenate([c.gids for c in cohorts])
         order = np.argsort(gids)
+        gids = gids[order]
+        in_flight = self.wave.warpgroups if self.wave.warpgroups.under_way else None
         regs = list(self.code.initial)
         for number in self.places[place].live:
             values = [c.regs[number] for c in cohorts]
@@ -276,7 +282,9 @@ class Scheduler:
             else:
                 whole = [c.full(v) for c, v in zip(cohorts, values, strict=True)]
                 regs[number] = np.concatenate(whole)[order]
-        return Cohort(self.wave, gids[order], regs)
+                if in_flight is not None:
+                    in_flight.joined(whole, order, gids, regs[number])
+        return Cohort(self.wave, gids, regs)
 
     def state(self, cohort: Cohort) -> _State:
         return _State(self.wave.version, cohort.gids, list(cohort.regs))

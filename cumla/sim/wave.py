@@ -16,6 +16,7 @@ from cumla.sim.copies import Copies
 from cumla.sim.errors import Where
 from cumla.sim.memory import WaveMemory
 from cumla.sim.ptx.syntax import Instruction
+from cumla.sim.warpgroups import Warpgroups
 
 if TYPE_CHECKING:
     from cumla.sim.dependency import Dependency
@@ -168,6 +169,7 @@ class Wave:
         self.mbarriers: dict[int, int] = {}
         self.copies = Copies(self, delivery)
         self.bulk = Bulk(self, delivery)
+        self.warpgroups = Warpgroups(self, delivery)
 
     def exit(self, gids: NDArray[np.int64]) -> None:
         """These lanes have ended."""

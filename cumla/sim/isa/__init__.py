@@ -22,6 +22,7 @@ FAMILIES = (
     "warp",
     "matrix",
     "mma",
+    "wgmma",
     "async_copy",
     "tensormap",
     "mbarrier",

@@ -109,6 +109,7 @@ class Op:
         waits_for: for messages: with the arguments, what a lane that is not ready waits for.
         warp_gate: `ready` only waits for lanes of the same warp, so in a cohort of whole warps it
             need not be asked.
+        updates: the destinations are read, too: they come first among the sources.
     """
 
     run: Callable[..., Any]
@@ -118,6 +119,7 @@ class Op:
     ready: Callable[..., Any] | None = None
     waits_for: Callable[..., str] | None = None
     warp_gate: bool = False
+    updates: bool = False
 
 
 Specialise = Callable[[Instruction, Env], Op]

@@ -73,7 +73,7 @@ def split_operands(ins: Instruction, op: Op) -> tuple[list[Operand], list[Operan
         # One `_` stands for all the destinations of an instruction.
         single = flat[1:]
         return [Sink()] * results, single
-    return flat[:results], flat[results:]
+    return flat[:results], flat if op.updates else flat[results:]
 
 
 def tuple_text(items: list[str]) -> str:

@@ -38,7 +38,11 @@ def guarded(c: Cohort, p: Any, run: Callable[..., Any], sources: Any, olds: Any)
     results = run(*sources)
     if not isinstance(results, tuple):
         results = (results,)
-    return tuple(np.where(p, new, old) for new, old in zip(results, olds, strict=True))
+    made = tuple(np.where(p, new, old) for new, old in zip(results, olds, strict=True))
+    if c.wave.warpgroups.under_way:
+        for value, new, old in zip(made, results, olds, strict=True):
+            c.wave.warpgroups.chosen(p, new, old, c.gids, value)
+    return made
 
 
 def guarded_cohort(c: Cohort, p: Any, run: Callable[..., Any], sources: Any, olds: Any) -> Any:
@@ -60,6 +64,8 @@ def guarded_cohort(c: Cohort, p: Any, run: Callable[..., Any], sources: Any, old
         out = np.empty(c.n, old.dtype)
         out[:] = old
         out[p] = new
+        if c.wave.warpgroups.under_way:
+            c.wave.warpgroups.chosen(p, new, old, c.gids, out)
         merged.append(out)
     return tuple(merged)
 

@@ -1,0 +1,312 @@
+"""The wgmma of a wave that its warps have not waited for, and the registers that they will write.
+
+PTX ISA "wgmma.mma_async": D is written, and operands are read, at any time before a wait for the
+group that the instruction was committed to. `delivery` chooses when: "eager" at issue; "late" when
+it is waited for; "random" somewhere in between. What one warp issued is done in order.
+
+A register is an array of one value for each lane, and a register of D in flight is a row of its
+operation's buffer, which is filled in place when the operation lands. So whatever merely holds the
+row, under another name, gets the value then. Where lanes part or meet, their registers are copied:
+such a copy is kept here with a tag for each lane that says which row of which operation it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cumla.sim.cohort import WARP, Cohort
+from cumla.sim.errors import RaceError
+from cumla.sim.ptx.syntax import Instruction
+
+if TYPE_CHECKING:
+    from cumla.sim.wave import Wave
+
+Array = NDArray[Any]
+WARPS = 4
+LANES = WARPS * WARP
+# A tag is the number of an operation, from 1, times this, plus the row; 0 is not in flight.
+TAG_ROWS = 1024
+
+
+@dataclass(slots=True, eq=False)
+class Operation:
+    """A wgmma.mma_async of some warpgroups.
+
+    Attributes:
+        shape: what D's layout depends on: an operation may take up the D of another in flight if
+            theirs are equal.
+        gids: [n] lanes of whole warpgroups, ascending.
+        buffer: [registers, n] D; before it has landed, what D held before.
+        work: reads the operands and gives [registers, lanes] D of the warpgroups where a mask is
+            true.
+        held: names of the kernel's registers that hold a fragment of A.
+        old: the registers that D had before, or None if they are not taken up.
+        tell: called with the lanes of warps that have waited for it, or None.
+        groups: [warps] the group of each warp that it is in, counted from 0.
+        landed, completed: [warps] whose D is written; who has waited for that.
+    """
+
+    ins: Instruction
+    shape: Any
+    gids: Array
+    buffer: Array
+    work: Callable[[Array], Array]
+    held: frozenset[str]
+    old: Sequence[Array] | None
+    tell: Callable[[Array], None] | None
+    number: int = 0
+    warps: Array = field(default_factory=lambda: np.zeros(0, np.int64))
+    groups: Array = field(default_factory=lambda: np.zeros(0, np.int32))
+    landed: Array = field(default_factory=lambda: np.zeros(0, np.bool_))
+    completed: Array = field(default_factory=lambda: np.zeros(0, np.bool_))
+
+    def tags(self, row: int) -> Array:
+        """[n] the tags of a register of D."""
+        tag = self.number * TAG_ROWS + row
+        return np.repeat(np.where(self.completed, 0, tag), WARP)
+
+    def land(self, warps: Array) -> None:
+        """Write D of the warps where the mask is true."""
+        if warps.all():
+            self.buffer[:] = self.work(np.ones(warps.shape[0] // WARPS, np.bool_))
+        else:
+            chosen = warps.reshape(-1, WARPS)
+            groups: Array = np.asarray(chosen.any(axis=1))
+            made = self.work(groups)[:, np.repeat(chosen[groups].reshape(-1), WARP)]
+            self.buffer[:, np.repeat(warps, WARP)] = made
+        self.landed |= warps
+
+    def refresh(self, warps: Array) -> None:
+        """D of warps that has not landed holds what it was, which has been written meanwhile."""
+        if self.old is not None:
+            lanes = np.repeat(warps, WARP)
+            for row, old in zip(self.buffer.view(np.uint32), self.old, strict=True):
+                row[lanes] = old.view(np.uint32)[lanes if old.shape[0] > 1 else [0]]
+
+
+class _Copy(NamedTuple):
+    """A copy of registers in flight: an array [n] of 32-bit values, its lanes and their tags."""
+
+    values: Array
+    gids: Array
+    tags: Array
+
+
+class Warpgroups:
+    """What is under way in a wave.
+
+    Attributes:
+        under_way: some register may be in flight.
+    """
+
+    def __init__(self, wave: Wave, delivery: str) -> None:
+        self.wave = wave
+        self.delivery = delivery
+        warps = wave.live.shape[0] // WARP
+        self.committed = np.zeros(warps, np.int32)  # groups that each warp has committed
+        self.under_way = False
+        self._limits = np.zeros(warps, np.int32)  # scratch: groups below are complete
+        self._operations: list[Operation] = []
+        self._copies: dict[int, _Copy] = {}  # by the id of the array
+        self._buffers: dict[int, Operation] = {}  # likewise
+        self._numbers: dict[int, Operation] = {}
+        self._issued = 0
+
+    def issue(self, operation: Operation) -> None:
+        """Start an operation; its warps, number and groups are filled in here."""
+        self._issued += 1
+        operation.number = self._issued
+        operation.warps = operation.gids[::WARP] >> 5
+        operation.groups = self.committed[operation.warps]
+        operation.landed = np.zeros(operation.warps.shape, np.bool_)
+        operation.completed = np.zeros(operation.warps.shape, np.bool_)
+        self._operations.append(operation)
+        self._buffers[id(operation.buffer)] = operation
+        self._numbers[operation.number] = operation
+        self.under_way = True
+        if self.delivery == "eager":
+            operation.land(np.ones(operation.warps.shape, np.bool_))
+        elif self.delivery == "random":
+            self._chance(operation.warps)
+
+    def commit(self, c: Cohort) -> None:
+        """What the warps issued since they last committed is a group."""
+        self.committed[c.warps] += 1
+        if self.delivery == "random" and self.under_way:
+            self._chance(c.warps)
+
+    def wait(self, c: Cohort, newest: int) -> None:
+        """Complete all groups of the warps but the `newest`."""
+        if not self.under_way:
+            return
+        warps = c.warps
+        self._limits[warps] = self.committed[warps] - newest
+        self._land(lambda operation: operation.groups < self._limits[operation.warps])
+        for operation in self._operations:
+            over = (operation.groups < self._limits[operation.warps]) & ~operation.completed
+            if over.any():
+                operation.completed |= over
+                if operation.tell is not None:
+                    operation.tell(np.repeat(over, WARP))
+        self._limits[warps] = 0
+        self._forget()
+        if self.delivery == "random" and self.under_way:
+            self._chance(warps)
+
+    def _chance(self, warps: Array) -> None:
+        """Random delivery: of each warp, the operations up to some one land now."""
+        last = np.zeros(self.committed.shape, np.int64)
+        mine = [o.number for o in self._operations]
+        if mine:
+            chosen = self.wave.rng.choice([0, *mine], warps.shape[0] // WARPS or 1)
+            last[warps] = np.resize(np.repeat(chosen, WARPS), warps.shape)
+            self._land(lambda operation: operation.number <= last[operation.warps])
+
+    def _land(self, choose: Callable[[Operation], Array]) -> None:
+        landed = False
+        for operation in self._operations:
+            now = choose(operation) & ~operation.landed
+            if now.any():
+                operation.land(now)
+                landed = True
+        if landed:
+            for operation in self._operations:
+                if not operation.landed.all():
+                    operation.refresh(~operation.landed)
+            for copy in self._copies.values():
+                self._follow(copy)
+
+    def _follow(self, copy: _Copy) -> None:
+        """Give a copy the values that its registers have now."""
+        values = copy.values.view(np.uint32)
+        for number in np.unique(copy.tags // TAG_ROWS).tolist():
+            operation = self._numbers.get(number)
+            if operation is not None:
+                lanes = np.flatnonzero(copy.tags // TAG_ROWS == number)
+                columns = np.searchsorted(operation.gids, copy.gids[lanes])
+                rows = copy.tags[lanes] % TAG_ROWS
+                values[lanes] = operation.buffer.view(np.uint32)[rows, columns]
+
+    def _forget(self) -> None:
+        """Let go of what has been waited for."""
+        over = [o for o in self._operations if o.completed.all()]
+        for key, copy in list(self._copies.items()):
+            for number in np.unique(copy.tags // TAG_ROWS).tolist():
+                operation = self._numbers.get(number)
+                if operation is not None and operation.completed.any():
+                    lanes = np.flatnonzero(copy.tags // TAG_ROWS == number)
+                    columns = np.searchsorted(operation.gids, copy.gids[lanes])
+                    copy.tags[lanes[operation.completed[columns // WARP]]] = 0
+            if not copy.tags.any():
+                del self._copies[key]
+        for operation in over:
+            del self._buffers[id(operation.buffer)], self._numbers[operation.number]
+        self._operations = [o for o in self._operations if not o.completed.all()]
+        self.under_way = bool(self._operations)
+
+    # Which registers are in flight.
+
+    def tags(self, register: Array) -> Array | None:
+        """[n] the tags of a register, or None if no lane of it is in flight."""
+        owner = register if register.base is None else register.base
+        operation = self._buffers.get(id(owner))
+        if operation is not None:
+            at = register.__array_interface__["data"][0]
+            start = operation.buffer.__array_interface__["data"][0]
+            tags = operation.tags((at - start) // operation.buffer.strides[0])
+            return tags if tags.any() else None
+        copy = self._copies.get(id(owner))
+        return None if copy is None or not copy.tags.any() else copy.tags
+
+    def operation(self, tag: int) -> Operation:
+        """The operation of a tag that is not 0."""
+        return self._numbers[tag // TAG_ROWS]
+
+    def picked(self, register: Array, mask: Array, gids: Array, made: Array) -> None:
+        """`made` is a new array of the lanes of a register where mask is true: `gids`."""
+        tags = self.tags(register)
+        if tags is not None and tags[mask].any():
+            self._copies[id(made)] = _Copy(made, gids, tags[mask])
+
+    def joined(self, registers: Sequence[Array], order: Array, gids: Array, made: Array) -> None:
+        """`made` is a new array of registers with a value for each lane, end to end, in an order.
+
+        `gids` are the lanes of `made`.
+        """
+        found = [self.tags(r) for r in registers]
+        if any(tags is not None for tags in found):
+            pairs = zip(registers, found, strict=True)
+            tags = np.concatenate(
+                [np.zeros(r.shape, np.int64) if t is None else t for r, t in pairs]
+            )
+            self._copies[id(made)] = _Copy(made, gids, tags[order])
+
+    def chosen(self, mask: Array, new: Array, old: Array, gids: Array, made: Array) -> None:
+        """`made` is a new array: where mask is true it is `new` ([n], [1] or [mask.sum()])."""
+        tags = np.zeros(gids.shape, np.int64)
+        for register, lanes in ((old, ~mask), (new, mask)):
+            found = self.tags(register)
+            if found is not None:
+                lanes = np.broadcast_to(lanes, tags.shape)
+                tags[lanes] = found[lanes] if found.shape == tags.shape else found
+        if tags.any() and made.shape == tags.shape:
+            self._copies[id(made)] = _Copy(made, gids, tags)
+
+    # What must not be done with them: called only with the race check.
+
+    def touched(
+        self, ins: Instruction, names: Sequence[str], c: Cohort, mask: Array | None, *registers: Any
+    ) -> None:
+        """The lanes where mask is true (None: all) read registers: report those in flight."""
+        if self.under_way:
+            for name, register in zip(names, registers, strict=True):
+                self._report(ins, name, c, mask, register, "reads")
+
+    def overwritten(
+        self, ins: Instruction, name: str, c: Cohort, mask: Array | None, register: Array
+    ) -> None:
+        """The lanes give a register another value than one in flight."""
+        if self.under_way:
+            self._report(ins, name, c, mask, register, "overwrites")
+
+    def _report(
+        self, ins: Instruction, name: str, c: Cohort, mask: Array | None, register: Array, how: str
+    ) -> None:
+        tags = self.tags(register)
+        if tags is None:
+            return
+        if mask is not None:
+            tags = np.where(mask, tags, 0)
+        if tags.any():
+            lane = int(np.argmax(tags != 0))
+            operation = self.operation(int(tags[lane]))
+            raise self.error(ins, name, int(c.gids[lane]), operation, how, "is an accumulator")
+
+    def modified(
+        self, ins: Instruction, names: frozenset[str], c: Cohort, mask: Array | None
+    ) -> None:
+        """The lanes write registers with these names, which may hold a fragment of A."""
+        for operation in self._operations:
+            for name in sorted(names & operation.held):
+                waiting = np.isin(c.gids >> 5, operation.warps[~operation.completed])
+                if mask is not None:
+                    waiting = waiting & mask
+                if waiting.any():
+                    gid = int(c.gids[np.argmax(waiting)])
+                    raise self.error(ins, name, gid, operation, "overwrites", "holds A")
+
+    def error(
+        self, ins: Instruction, name: str, gid: int, operation: Operation, how: str, what: str
+    ) -> RaceError:
+        """The report of a register that is used before its wgmma was waited for."""
+        text = (
+            f"{self.wave.where(ins, gid)}: `{ins.text}` {how} {name}, which {what} of the "
+            f"wgmma.mma_async at {operation.ins.where} that is still under way; "
+            "a wgmma.wait_group is missing between them"
+        )
+        return RaceError(text, (text,))
