@@ -46,6 +46,7 @@ class Operation:
             true.
         held: names of the kernel's registers that hold a fragment of A.
         old: the registers that D had before, or None if they are not taken up.
+        taken_up: a later operation has taken up its D.
         tell: called with the lanes of warps that have waited for it, or None.
         groups: [warps] the group of each warp that it is in, counted from 0.
         landed, completed: [warps] whose D is written; who has waited for that.
@@ -60,6 +61,7 @@ class Operation:
     old: Sequence[Array] | None
     tell: Callable[[Array], None] | None
     number: int = 0
+    taken_up: bool = False
     warps: Array = field(default_factory=lambda: np.zeros(0, np.int64))
     groups: Array = field(default_factory=lambda: np.zeros(0, np.int32))
     landed: Array = field(default_factory=lambda: np.zeros(0, np.bool_))
@@ -263,23 +265,40 @@ class Warpgroups:
         self, ins: Instruction, names: Sequence[str], c: Cohort, mask: Array | None, *registers: Any
     ) -> None:
         """The lanes where mask is true (None: all) read registers: report those in flight."""
-        if self.under_way:
-            for name, register in zip(names, registers, strict=True):
-                self._report(ins, name, c, mask, register, "reads")
+        if not self.under_way:
+            return
+        for name, register in zip(names, registers, strict=True):
+            tags = self.tags(register)
+            if tags is not None:
+                self._report(ins, name, c, tags, mask, "reads")
 
     def overwritten(
-        self, ins: Instruction, name: str, c: Cohort, mask: Array | None, register: Array
+        self, ins: Instruction, name: str, c: Cohort, mask: Array | None, old: Array, *others: Array
     ) -> None:
-        """The lanes give a register another value than one in flight."""
-        if self.under_way:
-            self._report(ins, name, c, mask, register, "overwrites")
+        """The lanes give a register that was `old` another value: report what is lost in flight.
 
-    def _report(
-        self, ins: Instruction, name: str, c: Cohort, mask: Array | None, register: Array, how: str
-    ) -> None:
-        tags = self.tags(register)
+        `others` are the registers that will still be used and may be in flight. If one of them is
+        what the register was, only a name is given up, as it is if a later wgmma has taken it up.
+        """
+        if not self.under_way:
+            return
+        tags = self.tags(old)
         if tags is None:
             return
+        lost = tags.copy()
+        for other in others:
+            found = self.tags(other)
+            if found is not None:
+                lost[found == tags] = 0
+        for number in np.unique(lost // TAG_ROWS).tolist():
+            operation = self._numbers.get(number)
+            if operation is not None and operation.taken_up:
+                lost[lost // TAG_ROWS == number] = 0
+        self._report(ins, name, c, lost, mask, "overwrites")
+
+    def _report(
+        self, ins: Instruction, name: str, c: Cohort, tags: Array, mask: Array | None, how: str
+    ) -> None:
         if mask is not None:
             tags = np.where(mask, tags, 0)
         if tags.any():
@@ -299,6 +318,25 @@ class Warpgroups:
                 if waiting.any():
                     gid = int(c.gids[np.argmax(waiting)])
                     raise self.error(ins, name, gid, operation, "overwrites", "holds A")
+
+    def unfenced(
+        self, ins: Instruction, name: str, writer: Instruction | None, c: Cohort, mask: Array | None
+    ) -> None:
+        """A wgmma.mma_async uses a register that the writer wrote since the last fence.
+
+        Without a writer: there was no fence at all.
+        """
+        if mask is not None and not mask.any():
+            return
+        gid = int(c.gids[0 if mask is None else np.argmax(np.broadcast_to(mask, c.gids.shape))])
+        what = "though none was executed before"
+        if writer is not None:
+            what = f"for {name}, which `{writer.text}` at {writer.where} wrote"
+        text = (
+            f"{self.wave.where(ins, gid)}: `{ins.text}` needs a wgmma.fence before it, {what}; "
+            "put wgmma.fence.sync.aligned between them"
+        )
+        raise RaceError(text, (text,))
 
     def error(
         self, ins: Instruction, name: str, gid: int, operation: Operation, how: str, what: str

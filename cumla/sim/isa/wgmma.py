@@ -315,6 +315,7 @@ def _check_taken(ins: Instruction, c: Cohort, shape: Any, old: Sequence[Array]) 
                 gid = int(c.gids[np.argmax(tags == tag)])
                 name = f"register {number} of D, in another shape"
                 raise warpgroups.error(ins, name, gid, other, "takes up", "is an accumulator")
+            other.taken_up = True
 
 
 def _tell(

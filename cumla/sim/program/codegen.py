@@ -20,6 +20,7 @@ from cumla.sim.isa.mma_fusion import fuse
 from cumla.sim.isa.table import Env, Op
 from cumla.sim.program.emit import CONDITION, KEPT, Writer, kept_dtype, split_operands, tuple_text
 from cumla.sim.program.flow import EXIT, Block, is_terminator, live_registers
+from cumla.sim.program.in_flight import InFlight, is_multiply
 from cumla.sim.program.inline import FlatKernel, registers_of
 from cumla.sim.program.parting import guarded_ready
 from cumla.sim.ptx.syntax import Instruction, Operand
@@ -149,6 +150,9 @@ class Generator:
             self.stops.append(stops)
             block_reads.append(reads)
             block_writes.append(writes)
+        self.in_flight: InFlight | None = None
+        if self.env.check_race and any(is_multiply(ins) for ins in instructions):
+            self.in_flight = InFlight(instructions, self.blocks, self.ops, effects, self.mentioned)
         live_in = live_registers(self.blocks, block_reads, block_writes)
         self.place_at: dict[int, int] = {}
         self.block_place: list[int] = []
@@ -157,7 +161,7 @@ class Generator:
             for stop in stops:
                 self.place_at[stop] = len(self.place_at)
         self.live: dict[int, set[int]] = {}  # at the start of each instruction that is a place
-        self.live_after: dict[int, frozenset[int]] = {}  # after each mma
+        self.live_after: dict[int, frozenset[int]] = {}  # after some instructions
         self.live_out: list[set[int]] = []
         for block in self.blocks:
             live: set[int] = set()
@@ -167,7 +171,9 @@ class Generator:
             self.live_out.append(set(live))
             for index in range(block.last - 1, block.first - 1, -1):
                 reads, writes = effects[index]
-                if instructions[index].opcode == "mma":
+                if instructions[index].opcode == "mma" or (
+                    self.in_flight is not None and self.in_flight.overwritten(instructions[index])
+                ):
                     self.live_after[index] = frozenset(live)
                 if instructions[index].guard is None:
                     live = live - writes
@@ -231,6 +237,9 @@ class Generator:
         while index < last:
             ins = self.kernel.instructions[index]
             run = self.mma_run(index, last)
+            if self.in_flight is not None:
+                for checked in run or [ins]:
+                    self.test_in_flight(writer, checked, self.in_flight)
             if len(run) > 1:
                 after = self.live_after[run[-1].index]
                 names = {n for n, number in self.numbers.items() if number in after}
@@ -252,6 +261,39 @@ class Generator:
         else:
             writer.terminator(end, block)
         return writer.finish(code, f"{first}_{last}")
+
+    def test_in_flight(self, writer: Writer, ins: Instruction, in_flight: InFlight) -> None:
+        """Tests of what an instruction does to registers that a wgmma may still use."""
+        op = self.ops.get(ins.index)
+        if op is None:
+            return
+        names = list(self.numbers)
+        reads: set[int] = set()
+        for operand in split_operands(ins, op)[1]:
+            reads |= self.mentioned(operand)
+        tests: list[tuple[str, tuple[Any, ...], list[int]]] = []
+        touched = in_flight.touched(ins, reads)
+        if touched:
+            tests.append(("touched", (ins, [names[r] for r in touched]), touched))
+        for register in in_flight.overwritten(ins):
+            others = in_flight.before[ins.index].accumulators & self.live_after[ins.index]
+            others = others - in_flight.effects[ins.index][1]
+            tests.append(("overwritten", (ins, names[register]), [register, *sorted(others)]))
+        modified = in_flight.modified(ins)
+        if modified:
+            tests.append(("modified", (ins, frozenset(names[r] for r in modified)), []))
+        unfenced = in_flight.unfenced(ins)
+        if unfenced is not None:
+            tests.append(("unfenced", (ins, names[unfenced[0]], unfenced[1]), []))
+        elif in_flight.never_fenced(ins):
+            tests.append(("unfenced", (ins, "", None), []))
+        for method, constants, registers in tests:
+            guard = "None" if ins.guard is None else writer.guard(ins)
+            arguments = [writer.register(r, self.kept[r]) for r in registers]
+            fixed = writer.constant(constants)
+            writer.line(
+                f"c.wave.warpgroups.{method}(*{fixed}, c, {guard}, {tuple_text(arguments)})", ins
+            )
 
     def mma_run(self, first: int, last: int) -> list[Instruction]:
         """The consecutive unguarded mma from `first` on."""
