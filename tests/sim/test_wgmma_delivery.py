@@ -1,0 +1,223 @@
+"""When a wgmma reads its operands and writes D: at issue, at the wait, or in between."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cumla import sim
+from cumla.sim.warpgroups import Operation, Warpgroups
+from sim.test_wgmma_registers import fragments, image, launch, products
+from sim.waves import Bound, Recorder, cohort, make_wave
+
+# B of step 0 is overwritten with that of step 1 before the wait, by a thread that need not wait.
+OVERWRITTEN = """
+    fence();
+    mma(d, a, b);
+    commit();
+    wait<1>();
+    if (threadIdx.x < 64) ((unsigned*)dyn)[512 * steps + threadIdx.x]
+        = ((unsigned*)dyn)[512 * steps + 64 + threadIdx.x];
+    wait<0>();
+"""
+
+
+def second_b():
+    """A of step 0 times B of step 1."""
+    data = image()
+    data[2048 * 5 // 2 :][:128] = data[2048 * 5 // 2 :][128:256]
+
+    def operand(start, rows):
+        part = data[start // 2 : start // 2 + rows * 16].astype(np.float32)
+        return part.reshape(rows // 8, 2, 8, 8).transpose(0, 2, 1, 3).reshape(rows, 16)
+
+    return fragments(operand(0, 64) @ operand(2048 * 5, 8).T)
+
+
+def test_a_buffer_that_is_overwritten_too_early_gives_the_wrong_answer_it_deserves():
+    right, wrong = fragments(products()[0]), second_b()
+    assert (right != wrong).mean() > 0.5
+    how = {"checks": ("memory",)}
+    np.testing.assert_array_equal(launch(OVERWRITTEN, delivery="eager", **how), right)
+    np.testing.assert_array_equal(launch(OVERWRITTEN, delivery="late", **how), wrong)
+    seen = set()
+    for seed in range(40):
+        got = launch(OVERWRITTEN, delivery="random", seed=seed, **how)
+        seen.add(("wrong", "right")[int(np.array_equal(got, right))])
+        assert np.array_equal(got, right) or np.array_equal(got, wrong)
+    assert seen == {"right", "wrong"}
+
+
+def test_a_wait_for_the_right_group_makes_all_deliveries_agree():
+    body = OVERWRITTEN.replace("wait<1>", "wait<0>")
+    for delivery in ("eager", "late", "random"):
+        got = launch(body, delivery=delivery, checks=("memory",))
+        np.testing.assert_array_equal(got, fragments(products()[0]))
+
+
+def test_what_is_never_waited_for_never_lands_late():
+    body = "fence(); mma(d, a, b); commit();"
+    assert not launch(body, delivery="late", checks=()).any()
+    np.testing.assert_array_equal(
+        launch(body, delivery="eager", checks=()), fragments(products()[0])
+    )
+
+
+def test_an_empty_group_counts():
+    body = """
+    fence();
+    mma(d, a, b);
+    commit();
+    commit();
+    wait<1>();
+    d[0] += 1;
+"""
+    want = fragments(products()[0]) + np.array([1, 0, 0, 0])
+    for delivery in ("eager", "late", "random"):
+        np.testing.assert_array_equal(launch(body, delivery=delivery), want)
+
+
+# The state itself, without a program.
+
+
+def operation(wave, gids, value, old=None, told=None):
+    """D of one register is `value` for the lanes of the warpgroups that are asked for."""
+
+    def work(groups):
+        assert groups.shape == (gids.shape[0] // 128,)
+        made = np.repeat(groups, 128)
+        return np.full((1, gids.shape[0]), value, np.uint32)[:, made]
+
+    held = frozenset({"%a"})
+    tell = None if told is None else told.append
+    bound = Bound("wgmma.fence.sync.aligned").ins
+    buffer = np.zeros((1, gids.shape[0]), np.uint32)
+    return Operation(bound, (8, "f32"), gids, buffer, work, held, old, tell)
+
+
+@pytest.mark.parametrize("delivery", ["eager", "late"])
+def test_warps_wait_by_themselves(delivery):
+    wave = make_wave(block=(256, 1, 1), delivery=delivery)
+    state: Warpgroups = wave.warpgroups
+    everybody = cohort(wave)
+    told: list = []
+    made = operation(wave, everybody.gids, 7, told=told)
+    state.issue(made)
+    (row,) = made.buffer
+    name = row.view(np.float32)  # a register under another name
+    assert (row == (7 if delivery == "eager" else 0)).all()
+    assert (state.tags(name) != 0).all()
+    state.commit(everybody)
+    some = cohort(wave, np.arange(32, 64))
+    state.wait(some, 1)
+    assert (state.tags(name) != 0).all()
+    state.wait(some, 0)
+    landed = np.arange(256) // 32 == 1
+    if delivery == "late":
+        np.testing.assert_array_equal(row != 0, landed)
+    np.testing.assert_array_equal(state.tags(name) == 0, landed)
+    np.testing.assert_array_equal(told[0], landed)
+    state.wait(everybody, 0)
+    assert (row == 7).all()
+    assert state.tags(name) is None
+    assert not state.under_way
+    np.testing.assert_array_equal(told[1], ~landed)
+
+
+def test_registers_that_were_parted_and_joined_get_their_values():
+    wave = make_wave(block=(256, 1, 1), delivery="late")
+    state = wave.warpgroups
+    gids = np.arange(256)
+    first, second = operation(wave, gids, 3), operation(wave, gids[128:], 4)
+    state.issue(first)
+    state.issue(second)
+    state.commit(cohort(wave))
+    mask = gids < 128
+    (row,), (other,) = first.buffer, second.buffer
+    part = row[mask]
+    state.picked(row, mask, gids[mask], part)
+    order = np.r_[128:256, 0:128]
+    joined = np.concatenate([other, part])[order]
+    state.joined([other, part], order, gids, joined)
+    chosen = np.where(gids % 2 == 0, joined, row)
+    state.chosen(gids % 2 == 0, joined, row, gids, chosen)
+    for register in (part, joined, chosen):
+        assert (state.tags(register) != 0).all()
+        assert not register.any()
+    state.wait(cohort(wave), 0)
+    assert (part == 3).all()
+    np.testing.assert_array_equal(joined, np.where(mask, 3, 4))
+    np.testing.assert_array_equal(chosen, np.where((gids % 2 == 0) & ~mask, 4, 3))
+    assert state.tags(chosen) is None
+
+
+def test_what_has_not_landed_holds_what_was_there_before():
+    """The second operation takes up the first's D: until it lands, that is what a lane sees."""
+    wave = make_wave(block=(128, 1, 1), delivery="late")
+    state, everybody = wave.warpgroups, cohort(wave)
+    first = operation(wave, everybody.gids, 5)
+    state.issue(first)
+    state.commit(everybody)
+    second = operation(wave, everybody.gids, 9, old=list(first.buffer))
+    state.issue(second)
+    state.commit(everybody)
+    assert not second.buffer.any()
+    state.wait(everybody, 1)
+    assert (second.buffer == 5).all()
+    state.wait(everybody, 0)
+    assert (second.buffer == 9).all()
+
+
+def test_the_race_detector_hears_what_is_read_and_when_that_is_known():
+    source = """
+    fence();
+    mma(d, a, b);
+    commit();
+    wait<0>();
+"""
+    heard = []
+
+    class Detector(Recorder):
+        def asynchronous(self, ins, issuers, agents, space, kind, offsets, rows, nbytes):
+            heard.append((space, kind, nbytes, np.asarray(offsets), issuers.tolist()))
+            assert (rows == np.repeat(np.arange(len(issuers)), len(offsets) // len(issuers))).all()
+            return len(heard)
+
+        def completed(self, gids, agents, stamp):
+            heard.append((gids, agents, stamp))
+
+    from cumla.sim import scheduler
+
+    class Told(scheduler.Scheduler):
+        def __init__(self, code, wave):
+            wave.race = Detector()
+            super().__init__(code, wave)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cumla.sim.module.Scheduler", Told)
+        launch(source, threads=256)
+    (a, b, done) = heard
+    assert a[:3] == b[:3] == ("shared", "read", 16)
+    assert a[4] == b[4] == [0, 128]
+    start = int(a[3].min())
+    for begins, size, found in ((0, 2048, a[3]), (2048 * 5, 256, b[3])):
+        want = np.arange(begins, begins + size, 16) + start
+        np.testing.assert_array_equal(np.sort(found), np.sort(np.r_[want, want]))
+    gids, agents, stamp = done
+    assert stamp == 2
+    np.testing.assert_array_equal(gids, np.arange(256))
+    assert len(set(agents[:128])) == len(set(agents[128:])) == 1
+    assert agents[0] != agents[128]
+
+
+def test_warps_that_do_not_come_are_named():
+    body = """
+    fence();
+    if (threadIdx.x / 32 == 1) __syncthreads();
+    mma(d, a, b);
+    if (threadIdx.x / 32 != 1) __syncthreads();
+    commit();
+    wait<0>();
+"""
+    with pytest.raises(sim.Deadlock, match="the other warps of its warpgroup at wgmma.mma_async"):
+        launch(body)
