@@ -229,6 +229,19 @@ class Warpgroups:
         """The operation of a tag that is not 0."""
         return self._numbers[tag // TAG_ROWS]
 
+    def take_up(self, shape: Any, registers: Sequence[Array]) -> bool:
+        """Whether all in flight among them are D of operations of this shape: these are taken up.
+
+        False also where copies would have to be looked at.
+        """
+        owners = {id(r if r.base is None else r.base) for r in registers}
+        found = [self._buffers[owner] for owner in owners if owner in self._buffers]
+        if not owners.isdisjoint(self._copies) or any(o.shape != shape for o in found):
+            return False
+        for operation in found:
+            operation.taken_up = True
+        return True
+
     def picked(self, register: Array, mask: Array, gids: Array, made: Array) -> None:
         """`made` is a new array of the lanes of a register where mask is true: `gids`."""
         tags = self.tags(register)

@@ -130,7 +130,7 @@ def test_every_chunk_lies_where_its_elements_do(mn_major):
         swizzle, base = int(rng.integers(4)), int(rng.integers(8))
         start, leading, stride = (int(x) * 16 for x in rng.integers(0, 1 << 14, 3))
         bits = descriptor(start, leading, stride, swizzle, base)
-        found = chunk_addresses(bits, 32, bool(mn_major))
+        found = chunk_addresses(bits, 32, bool(mn_major)).addresses
         for _ in range(20):
             row, k = int(rng.integers(32)), int(rng.integers(16))
             at = start + kit.element_byte(row, k, 2, leading, stride, swizzle, mn_major)

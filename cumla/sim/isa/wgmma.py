@@ -176,12 +176,16 @@ class _Shared:
         """[warpgroups, ...] arena offsets of the chunks; raises MemoryFault."""
         wave = c.wave
         slots = c.gids[::LANES] // wave.lanes_per_block
-        found = [chunk_addresses(int(d), self.rows, self.mn_major) for d in descriptors]
+        found = [chunk_addresses(d, self.rows, self.mn_major) for d in descriptors.tolist()]
         # Descriptors hold the lower 18 bits of an address in the block's own shared memory.
-        inside = (found[0][None] if len(found) == 1 else np.stack(found)) - _shared_start(wave)
-        low, high = int(inside.min()), int(inside.max())
+        start = _shared_start(wave)
+        inside = found[0].addresses[None]
+        if len(found) > 1:
+            inside = np.stack([f.addresses for f in found])
+        if start:
+            inside = inside - start
         size = wave.shared_size if self.check else wave.shared_stride
-        if low < 0 or high > size - CHUNK:
+        if min(f.low for f in found) < start or max(f.high for f in found) > start + size:
             bad = (inside < 0) | (inside > size - CHUNK)
             raise self.fault(c, descriptors, inside, bad, "out of bounds")
         offsets: Array = inside + (slots * wave.shared_stride)[:, None, None]
@@ -273,8 +277,8 @@ def _runner(ins: Instruction, env: Env, form: Form) -> Callable[..., tuple[Array
             a_data = a[some] if form.a_in_registers else _read(wave, a[some])
             product = multiply(form, a_data, _read(wave, b_at[some]))
             if takes.shape[0] == 1:
-                if not takes[0]:
-                    return accumulate(form, product, None)
+                if groups is None or not takes[0]:
+                    return accumulate(form, product, old if takes[0] else None)
                 taken = [r if r.shape[0] == 1 else r[lanes] for r in old]
                 return accumulate(form, product, taken)
             scale = np.repeat(takes, LANES)[lanes]
@@ -305,6 +309,8 @@ def _names(ins: Instruction) -> list[str]:
 def _check_taken(ins: Instruction, c: Cohort, shape: Any, old: Sequence[Array]) -> None:
     """D may hold accumulators in flight only of operations of the same shape."""
     warpgroups = c.wave.warpgroups
+    if warpgroups.take_up(shape, old):
+        return
     for number, register in enumerate(old):
         tags = warpgroups.tags(register)
         if tags is None:

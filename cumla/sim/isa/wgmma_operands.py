@@ -204,9 +204,23 @@ class Descriptor:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """Where the chunks of an operand lie.
+
+    Attributes:
+        addresses: shared addresses, int64, read-only.
+        low, high: they lie in [low, high).
+    """
+
+    addresses: Array
+    low: int
+    high: int
+
+
 @lru_cache(maxsize=4096)
-def chunk_addresses(bits: int, rows: int, mn_major: bool) -> Array:
-    """Where the chunks of an operand of 32 bytes along K lie: shared addresses, int64, read-only.
+def chunk_addresses(bits: int, rows: int, mn_major: bool) -> Chunks:
+    """Where the chunks of an operand of 32 bytes along K lie.
 
     PTX ISA "Canonical Layouts". K-major: [rows, 2]; eight rows, a swizzling pattern's width apart,
     make a block, and blocks are `stride` apart; the two chunks of a row are next to each other, or
@@ -237,7 +251,7 @@ def chunk_addresses(bits: int, rows: int, mn_major: bool) -> Array:
     if width > 1:
         address = address ^ ((address >> 7) - descriptor.base & width - 1) << 4
     address.flags.writeable = False
-    return address
+    return Chunks(address, int(address.min()), int(address.max()) + CHUNK)
 
 
 # Fragments. PTX ISA "Register Fragments": lane 4g + t of warp w has of D the rows 16w + g and 8
