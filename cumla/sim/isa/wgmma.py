@@ -178,34 +178,33 @@ class _Shared:
         slots = c.gids[::LANES] // wave.lanes_per_block
         found = [chunk_addresses(d, self.rows, self.mn_major) for d in descriptors.tolist()]
         # Descriptors hold the lower 18 bits of an address in the block's own shared memory.
-        start = _shared_start(wave)
-        inside = found[0].addresses[None]
-        if len(found) > 1:
-            inside = np.stack([f.addresses for f in found])
-        if start:
-            inside = inside - start
-        size = wave.shared_size if self.check else wave.shared_stride
-        if min(f.low for f in found) < start or max(f.high for f in found) > start + size:
-            bad = (inside < 0) | (inside > size - CHUNK)
-            raise self.fault(c, descriptors, inside, bad, "out of bounds")
-        offsets: Array = inside + (slots * wave.shared_stride)[:, None, None]
+        found_at = [f.addresses for f in found]
+        addresses = np.stack(found_at) if len(found) > 1 else found_at[0][None]
+        low, high = 0, wave.shared_stride
+        if self.check:
+            low = _shared_start(wave)
+            high = low + wave.shared_size
+        if min(f.low for f in found) < low or max(f.high for f in found) > high:
+            bad = (addresses < low) | (addresses > high - CHUNK)
+            raise self.fault(c, descriptors, addresses, bad, "out of bounds")
+        offsets: Array = addresses + (slots * wave.shared_stride)[:, None, None]
         if self.check:
             states = wave.memory.shared.states[WORDS[CHUNK]].take(offsets >> 4).view(np.uint64)
             if (np.bitwise_and.reduce(states.reshape(-1)) & WRITTEN_8) != WRITTEN_8:
                 missing = ((states & WRITTEN_8) != WRITTEN_8).reshape(*offsets.shape, 2)
                 bad = missing.any(axis=-1)
-                spread = np.broadcast_to(inside, offsets.shape)
+                spread = np.broadcast_to(addresses, offsets.shape)
                 raise self.fault(c, descriptors, spread, bad, "read of unwritten memory")
         return offsets
 
     def fault(
-        self, c: Cohort, descriptors: Array, inside: Array, bad: Array, kind: str
+        self, c: Cohort, descriptors: Array, addresses: Array, bad: Array, kind: str
     ) -> MemoryFault:
         group = int(np.argmax(bad.reshape(bad.shape[0], -1).any(axis=1)))
         descriptor = Descriptor.of(int(descriptors[min(group, descriptors.shape[0] - 1)]))
         wave = c.wave
         start = _shared_start(wave)
-        at = int(inside[group][bad[group]].min()) + start
+        at = int(addresses[group][bad[group]].min())
         size = wave.shared_size
         text = (
             f"wgmma.mma_async reads {self.name} at shared address {at:#x}, by {descriptor}; "
