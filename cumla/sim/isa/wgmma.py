@@ -36,6 +36,8 @@ from cumla.sim.warpgroups import LANES, Operation
 from cumla.sim.wave import Wave
 
 Array = NDArray[Any]
+# The race detector names the queue of a warpgroup by a number of its own below this.
+AGENTS = -(1 << 40)
 WRITTEN_8 = np.uint64(int.from_bytes(bytes([WRITTEN]) * 8, "little"))
 
 
@@ -182,7 +184,7 @@ class _Shared:
         addresses = np.stack(found_at) if len(found) > 1 else found_at[0][None]
         low, high = 0, wave.shared_stride
         if self.check:
-            low = _shared_start(wave)
+            low = wave.shared_start
             high = low + wave.shared_size
         if min(f.low for f in found) < low or max(f.high for f in found) > high:
             bad = (addresses < low) | (addresses > high - CHUNK)
@@ -203,7 +205,7 @@ class _Shared:
         group = int(np.argmax(bad.reshape(bad.shape[0], -1).any(axis=1)))
         descriptor = Descriptor.of(int(descriptors[min(group, descriptors.shape[0] - 1)]))
         wave = c.wave
-        start = _shared_start(wave)
+        start = wave.shared_start
         at = int(addresses[group][bad[group]].min())
         size = wave.shared_size
         text = (
@@ -211,10 +213,6 @@ class _Shared:
             f"the block has {size} bytes of shared memory, [{start:#x}, {start + size:#x})"
         )
         return MemoryFault(kind, text, at, wave.where(self.ins, int(c.gids[group * LANES])))
-
-
-def _shared_start(wave: Wave) -> int:
-    return int(getattr(wave, "shared_start", 0))
 
 
 def _read(wave: Wave, offsets: Array) -> Array:
@@ -325,13 +323,11 @@ def _check_taken(ins: Instruction, c: Cohort, shape: Any, old: Sequence[Array]) 
 
 def _tell(
     ins: Instruction, env: Env, c: Cohort, operands: Sequence[Array]
-) -> Callable[[Array], None] | None:
+) -> Callable[[Array], None]:
     """Tell the race detector what is read; what tells it that lanes have waited for that."""
     race = c.wave.race
-    if not hasattr(race, "asynchronous"):
-        return None
     issuers = c.gids[::LANES]
-    agents = _groups(c.wave, issuers)
+    agents = AGENTS - _groups(c.wave, issuers)
     stamps = []
     for offsets in operands:
         rows = np.repeat(np.arange(issuers.shape[0]), offsets[0].size)
