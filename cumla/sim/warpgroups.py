@@ -149,12 +149,15 @@ class Warpgroups:
         warps = c.warps
         self._limits[warps] = self.committed[warps] - newest
         self._land(lambda operation: operation.groups < self._limits[operation.warps])
-        for operation in self._operations:
+        # Who knows of a warp's newest operation knows of those before it.
+        told = np.zeros(self._limits.shape, np.bool_)
+        for operation in reversed(self._operations):
             over = (operation.groups < self._limits[operation.warps]) & ~operation.completed
-            if over.any():
-                operation.completed |= over
-                if operation.tell is not None:
-                    operation.tell(np.repeat(over, WARP))
+            operation.completed |= over
+            over &= ~told[operation.warps]
+            if operation.tell is not None and over.any():
+                operation.tell(np.repeat(over, WARP))
+                told[operation.warps] |= over
         self._limits[warps] = 0
         self._forget()
         if self.delivery == "random" and self.under_way:

@@ -269,6 +269,12 @@ def test_other_forms_that_do_not_exist(text):
         sim.Device("sm_90a").load(source)
 
 
+def test_only_hopper_has_it():
+    text = kit.text(Case(8, "f32", "f16", "f16"), "sm_100a")
+    with pytest.raises(sim.UnsupportedPTX, match="wgmma on sm_100; only sm_90a has it"):
+        sim.Device("sm_100a").load(text)
+
+
 # What is wrong with a run
 
 

@@ -43,7 +43,9 @@ WRITTEN_8 = np.uint64(int.from_bytes(bytes([WRITTEN]) * 8, "little"))
 
 @instruction("wgmma")
 def wgmma(ins: Instruction, env: Env) -> Op:
-    """wgmma.mma_async and what orders it and waits for it."""
+    """wgmma.mma_async and what orders it and waits for it. PTX ISA: it requires sm_90a."""
+    if env.target != 90:
+        raise Unsupported(f"wgmma on sm_{env.target}; only sm_90a has it")
     kind = ins.modifiers[0] if ins.modifiers else ""
     if kind == "mma_async":
         return _mma_async(ins, env)
