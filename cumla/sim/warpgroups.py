@@ -12,7 +12,8 @@ such a copy is kept here with a tag for each lane that says which row of which o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -92,11 +93,18 @@ class Operation:
 
 
 class _Copy(NamedTuple):
-    """A copy of registers in flight: an array [n] of 32-bit values, its lanes and their tags."""
+    """A copy of registers in flight, as long as somebody holds it.
 
-    values: Array
+    Attributes:
+        values: [n] of 32 bits.
+        gids, tags: [n] its lanes and their tags.
+        numbers: of the operations that tags may name.
+    """
+
+    values: weakref.ref[Array]
     gids: Array
     tags: Array
+    numbers: frozenset[int]
 
 
 class Warpgroups:
@@ -178,39 +186,41 @@ class Warpgroups:
             now = choose(operation) & ~operation.landed
             if now.any():
                 operation.land(now)
+                self._follow()  # a later operation may take up a copy
                 landed = True
         if landed:
             for operation in self._operations:
                 if not operation.landed.all():
                     operation.refresh(~operation.landed)
-            for copy in self._copies.values():
-                self._follow(copy)
+            self._follow()
 
-    def _follow(self, copy: _Copy) -> None:
-        """Give a copy the values that its registers have now."""
-        values = copy.values.view(np.uint32)
-        for number in np.unique(copy.tags // TAG_ROWS).tolist():
-            operation = self._numbers.get(number)
-            if operation is not None:
-                lanes = np.flatnonzero(copy.tags // TAG_ROWS == number)
-                columns = np.searchsorted(operation.gids, copy.gids[lanes])
-                rows = copy.tags[lanes] % TAG_ROWS
-                values[lanes] = operation.buffer.view(np.uint32)[rows, columns]
+    def _follow(self) -> None:
+        """Give copies the values that their registers have now."""
+        for copy in list(self._copies.values()):
+            values = copy.values()
+            if values is not None:
+                for operation, lanes, columns in self._named(copy):
+                    rows = copy.tags[lanes] % TAG_ROWS
+                    now = operation.buffer.view(np.uint32)[rows, columns]
+                    values.view(np.uint32)[lanes] = now
+
+    def _named(self, copy: _Copy) -> Iterator[tuple[Operation, Array, Array]]:
+        """The operations that a copy's tags name, for which lanes, and where these are in D."""
+        for number in copy.numbers & self._numbers.keys():
+            operation = self._numbers[number]
+            lanes = np.flatnonzero(copy.tags // TAG_ROWS == number)
+            yield operation, lanes, np.searchsorted(operation.gids, copy.gids[lanes])
 
     def _forget(self) -> None:
         """Let go of what has been waited for."""
-        over = [o for o in self._operations if o.completed.all()]
         for key, copy in list(self._copies.items()):
-            for number in np.unique(copy.tags // TAG_ROWS).tolist():
-                operation = self._numbers.get(number)
-                if operation is not None and operation.completed.any():
-                    lanes = np.flatnonzero(copy.tags // TAG_ROWS == number)
-                    columns = np.searchsorted(operation.gids, copy.gids[lanes])
-                    copy.tags[lanes[operation.completed[columns // WARP]]] = 0
+            for operation, lanes, columns in self._named(copy):
+                copy.tags[lanes[operation.completed[columns // WARP]]] = 0
             if not copy.tags.any():
-                del self._copies[key]
-        for operation in over:
-            del self._buffers[id(operation.buffer)], self._numbers[operation.number]
+                self._copies.pop(key, None)
+        for operation in self._operations:
+            if operation.completed.all():
+                del self._buffers[id(operation.buffer)], self._numbers[operation.number]
         self._operations = [o for o in self._operations if not o.completed.all()]
         self.under_way = bool(self._operations)
 
@@ -232,24 +242,41 @@ class Warpgroups:
         """The operation of a tag that is not 0."""
         return self._numbers[tag // TAG_ROWS]
 
-    def take_up(self, shape: Any, registers: Sequence[Array]) -> bool:
-        """Whether all in flight among them are D of operations of this shape: these are taken up.
+    def take_up(
+        self, shape: Any, registers: Sequence[Array]
+    ) -> tuple[int, Array, Operation] | None:
+        """An operation of a shape takes up all of the registers that are in flight.
 
-        False also where copies would have to be looked at.
+        Returns:
+            None; or the place of a register among them that is D of another shape, for which
+            lanes, and of which operation.
         """
-        owners = {id(r if r.base is None else r.base) for r in registers}
-        found = [self._buffers[owner] for owner in owners if owner in self._buffers]
-        if not owners.isdisjoint(self._copies) or any(o.shape != shape for o in found):
-            return False
+        numbers = frozenset().union(*(self._operations_of(r) for r in registers))
+        found = [self._numbers[number] for number in numbers & self._numbers.keys()]
         for operation in found:
             operation.taken_up = True
-        return True
+        if all(operation.shape == shape for operation in found):
+            return None
+        for place, register in enumerate(registers):
+            tags = self.tags(register)
+            for tag in [] if tags is None else np.unique(tags[tags != 0]).tolist():
+                if self.operation(tag).shape != shape:
+                    return place, tags == tag, self.operation(tag)
+        return None
+
+    def _operations_of(self, register: Array) -> frozenset[int]:
+        """Numbers of the operations of which a register may be D."""
+        owner = id(register if register.base is None else register.base)
+        if owner in self._buffers:
+            return frozenset((self._buffers[owner].number,))
+        copy = self._copies.get(owner)
+        return frozenset() if copy is None else copy.numbers
 
     def picked(self, register: Array, mask: Array, gids: Array, made: Array) -> None:
         """`made` is a new array of the lanes of a register where mask is true: `gids`."""
-        tags = self.tags(register)
-        if tags is not None and tags[mask].any():
-            self._copies[id(made)] = _Copy(made, gids, tags[mask])
+        tags = None if made is register else self.tags(register)
+        if tags is not None:
+            self._keep(made, gids, tags[mask], [register])
 
     def joined(self, registers: Sequence[Array], order: Array, gids: Array, made: Array) -> None:
         """`made` is a new array of registers with a value for each lane, end to end, in an order.
@@ -259,10 +286,8 @@ class Warpgroups:
         found = [self.tags(r) for r in registers]
         if any(tags is not None for tags in found):
             pairs = zip(registers, found, strict=True)
-            tags = np.concatenate(
-                [np.zeros(r.shape, np.int64) if t is None else t for r, t in pairs]
-            )
-            self._copies[id(made)] = _Copy(made, gids, tags[order])
+            every = [np.zeros(r.shape, np.int64) if t is None else t for r, t in pairs]
+            self._keep(made, gids, np.concatenate(every)[order], registers)
 
     def chosen(self, mask: Array, new: Array, old: Array, gids: Array, made: Array) -> None:
         """`made` is a new array: where mask is true it is `new` ([n], [1] or [mask.sum()])."""
@@ -272,8 +297,15 @@ class Warpgroups:
             if found is not None:
                 lanes = np.broadcast_to(lanes, tags.shape)
                 tags[lanes] = found[lanes] if found.shape == tags.shape else found
-        if tags.any() and made.shape == tags.shape:
-            self._copies[id(made)] = _Copy(made, gids, tags)
+        if made.shape == tags.shape:
+            self._keep(made, gids, tags, [new, old])
+
+    def _keep(self, made: Array, gids: Array, tags: Array, sources: Sequence[Array]) -> None:
+        if tags.any():
+            key = id(made)
+            numbers = frozenset().union(*(self._operations_of(r) for r in sources))
+            values = weakref.ref(made, lambda _: self._copies.pop(key, None))
+            self._copies[key] = _Copy(values, gids, tags, numbers)
 
     # What must not be done with them: called only with the race check.
 

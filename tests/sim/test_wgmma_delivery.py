@@ -80,7 +80,7 @@ def test_an_empty_group_counts():
 # The state itself, without a program.
 
 
-def operation(wave, gids, value, old=None, told=None):
+def operation(gids, value, old=None, told=None):
     """D of one register is `value` for the lanes of the warpgroups that are asked for."""
 
     def work(groups):
@@ -101,7 +101,7 @@ def test_warps_wait_by_themselves(delivery):
     state: Warpgroups = wave.warpgroups
     everybody = cohort(wave)
     told: list = []
-    made = operation(wave, everybody.gids, 7, told=told)
+    made = operation(everybody.gids, 7, told=told)
     state.issue(made)
     (row,) = made.buffer
     name = row.view(np.float32)  # a register under another name
@@ -124,11 +124,43 @@ def test_warps_wait_by_themselves(delivery):
     np.testing.assert_array_equal(told[1], ~landed)
 
 
+def test_who_knows_of_the_newest_operation_is_told_once():
+    wave = make_wave(block=(128, 1, 1))
+    state, everybody = wave.warpgroups, cohort(wave)
+    first, second, third = [], [], []
+    for told in (first, second):
+        state.issue(operation(everybody.gids, 1, told=told))
+    state.commit(everybody)
+    state.issue(operation(everybody.gids, 1, told=third))
+    state.commit(everybody)
+    state.wait(everybody, 1)
+    assert (len(first), len(second), len(third)) == (0, 1, 0)
+    assert second[0].all()
+    state.wait(everybody, 0)
+    assert (len(first), len(second), len(third)) == (0, 1, 1)
+
+
+def test_a_fragment_is_free_for_the_warps_that_have_waited():
+    wave = make_wave(block=(128, 1, 1))
+    state = wave.warpgroups
+    made = operation(np.arange(128), 1)
+    state.issue(made)
+    state.commit(cohort(wave))
+    waited, others = cohort(wave, np.arange(32)), cohort(wave, np.arange(32, 128))
+    state.wait(waited, 0)
+    names = frozenset({"%a", "%b"})
+    state.modified(made.ins, names, waited, None)
+    state.modified(made.ins, frozenset({"%b"}), others, None)
+    state.modified(made.ins, names, others, np.zeros(1, np.bool_))
+    with pytest.raises(sim.RaceError, match="overwrites %a, which holds A"):
+        state.modified(made.ins, names, others, None)
+
+
 def test_registers_that_were_parted_and_joined_get_their_values():
     wave = make_wave(block=(256, 1, 1), delivery="late")
     state = wave.warpgroups
     gids = np.arange(256)
-    first, second = operation(wave, gids, 3), operation(wave, gids[128:], 4)
+    first, second = operation(gids, 3), operation(gids[128:], 4)
     state.issue(first)
     state.issue(second)
     state.commit(cohort(wave))
@@ -155,10 +187,10 @@ def test_what_has_not_landed_holds_what_was_there_before():
     """The second operation takes up the first's D: until it lands, that is what a lane sees."""
     wave = make_wave(block=(128, 1, 1), delivery="late")
     state, everybody = wave.warpgroups, cohort(wave)
-    first = operation(wave, everybody.gids, 5)
+    first = operation(everybody.gids, 5)
     state.issue(first)
     state.commit(everybody)
-    second = operation(wave, everybody.gids, 9, old=list(first.buffer))
+    second = operation(everybody.gids, 9, old=list(first.buffer))
     state.issue(second)
     state.commit(everybody)
     assert not second.buffer.any()

@@ -395,3 +395,60 @@ def test_one_wait_covers_only_older_groups():
 
 def test_descriptors_of_this_file_are_without_swizzle():
     assert descriptor(0, 128, 256, 0) == 8 << 16 | 16 << 32
+
+
+def test_a_register_of_a_fragment_may_get_another_name():
+    """`mov` to the register is what compilers do with what comes next; others change it."""
+    body = """
+    unsigned f[4] = {image[0], image[1], image[2], image[3]};
+    fence();
+    mma_registers(d, f, b);
+    commit();
+    asm volatile("mov.b32 %0, 7;" : "+r"(f[1]));
+    wait<0>();
+    d[0] = __uint_as_float(f[1]);
+"""
+    assert (launch(body)[:, 0].view(np.uint32) == 7).all()
+
+
+@pytest.mark.parametrize("delivery", DELIVERIES)
+def test_some_lanes_take_a_register_in_flight(delivery):
+    body = """
+    float e = 5;
+    fence();
+    mma(d, a, b);
+    commit();
+    asm volatile("{\\n.reg .pred p;\\nsetp.lt.u32 p, %1, 50;\\n@p mov.f32 %0, %2;\\n}\\n"
+                 : "+f"(e) : "r"(threadIdx.x), "f"(d[3]));
+    wait<0>();
+    d[0] = e;
+"""
+    want = fragments(products()[0])
+    want[:, 0] = np.where(np.arange(128) < 50, want[:, 3], 5)
+    for checks in (("memory", "race"), ()):
+        np.testing.assert_array_equal(launch(body, delivery=delivery, checks=checks), want)
+    early = body.replace("    wait<0>();\n    d[0] = e;", "    d[0] = e + 1;\n    wait<0>();")
+    assert early != body
+    assert "reads" in message(early, delivery=delivery)
+
+
+@pytest.mark.parametrize("delivery", DELIVERIES)
+def test_some_warpgroups_execute_it(delivery):
+    """Under a predicate; and what one takes up, another does not."""
+    body = """
+    fence();
+    mma(d, a, b, threadIdx.x / 128);
+    asm volatile(
+        "{\\n.reg .pred p;\\nsetp.eq.u32 p, %6, 1;\\n"
+        "@p wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%0, %1, %2, %3}, %4, %5, 1, 1, 1, 0,"
+        " 0;\\n}\\n" : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "l"(a + 128), "l"(b + 16), "r"(threadIdx.x / 128));
+    mma(d, a + 256, b + 32, threadIdx.x / 128);
+    commit();
+    wait<0>();
+"""
+    each = products()
+    want = np.concatenate([fragments(each[2]), fragments(each[:3].sum(axis=0))])
+    for checks in (("memory", "race"), ()):
+        got = launch(body, threads=256, delivery=delivery, checks=checks)
+        np.testing.assert_array_equal(got, want)

@@ -289,7 +289,7 @@ def _runner(ins: Instruction, env: Env, form: Form) -> Callable[..., tuple[Array
             return tuple(work(None))
         shape = (form.n, form.d)
         if env.check_race:
-            _check_taken(ins, c, shape, old)
+            _take_up(ins, c, shape, old)
         tell = _tell(ins, env, c, [*reads, b_at]) if env.check_race else None
         buffer = gather(old, (registers, c.n), old[0].dtype)
         operation = Operation(ins, shape, c.gids, buffer, work, held, old, tell)
@@ -305,22 +305,15 @@ def _names(ins: Instruction) -> list[str]:
     return [r.name for r in a.items if isinstance(r, Register)]
 
 
-def _check_taken(ins: Instruction, c: Cohort, shape: Any, old: Sequence[Array]) -> None:
+def _take_up(ins: Instruction, c: Cohort, shape: Any, old: Sequence[Array]) -> None:
     """D may hold accumulators in flight only of operations of the same shape."""
     warpgroups = c.wave.warpgroups
-    if warpgroups.take_up(shape, old):
-        return
-    for number, register in enumerate(old):
-        tags = warpgroups.tags(register)
-        if tags is None:
-            continue
-        for tag in np.unique(tags[tags != 0]).tolist():
-            other = warpgroups.operation(tag)
-            if other.shape != shape:
-                gid = int(c.gids[np.argmax(tags == tag)])
-                name = f"register {number} of D, in another shape"
-                raise warpgroups.error(ins, name, gid, other, "takes up", "is an accumulator")
-            other.taken_up = True
+    found = warpgroups.take_up(shape, old)
+    if found is not None:
+        place, lanes, other = found
+        gid = int(c.gids[np.argmax(lanes)])
+        name = f"register {place} of D, in another shape"
+        raise warpgroups.error(ins, name, gid, other, "takes up", "is an accumulator")
 
 
 def _tell(

@@ -54,7 +54,12 @@ def guarded_cohort(c: Cohort, p: Any, run: Callable[..., Any], sources: Any, old
         if results is None:
             return ()
         return results if isinstance(results, tuple) else (results,)
-    results = run(c.subset(p), *(s if s.shape[0] == 1 else s[p] for s in sources))
+    some = c.subset(p)
+    taken = [s if s.shape[0] == 1 else s[p] for s in sources]
+    if c.wave.warpgroups.under_way:
+        for source, part in zip(sources, taken, strict=True):
+            c.wave.warpgroups.picked(source, p, some.gids, part)
+    results = run(some, *taken)
     if results is None:
         return ()
     if not isinstance(results, tuple):
