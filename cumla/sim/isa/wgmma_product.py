@@ -3,6 +3,9 @@
 As for mma (mma_panels.py): products are exact, their sum is made in float64, or float32 where that
 is exact, and rounded to f32; then C is added and the result rounded to its type. Integers are
 exact. Sums of zeros are +0.0, NaN results are 0x7fffffff.
+
+An H200 gives the same bits where sums are exact, and drops bits of the addends elsewhere: f32 sums
+of f16, bf16 and tf32 differ by up to 1.2e-7 of the greatest value in D, those of fp8 by up to 4e-4.
 """
 
 from __future__ import annotations
