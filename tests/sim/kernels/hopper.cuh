@@ -1,7 +1,7 @@
 // Hopper's instructions as functions: one each, but for the loops that wait.
 //
-// Shared addresses are 32-bit numbers. A barrier's phase is told by its parity. With SPIN_LIMIT the
-// loops give up after so many tries and trap: for runs on a GPU, where a hang costs time.
+// Shared addresses are 32-bit numbers. A barrier's phase is told by its parity. With PATIENCE the
+// loops trap after so many nanoseconds: for runs of wrong kernels on a GPU.
 #pragma once
 
 typedef unsigned u32;
@@ -40,7 +40,8 @@ INLINE void named_barrier(int name, int threads) {
 // ---- mbarriers
 
 INLINE void barrier_init(u32 barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(barrier), "r"(arrivals) : "memory");
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;"
+                 :: "r"(barrier), "r"(arrivals) : "memory");
 }
 
 // The barriers' initial values, for the async proxy and for other blocks of the cluster.
@@ -63,13 +64,20 @@ INLINE void arrive_remote(u32 barrier) {
                  :: "r"(barrier) : "memory");
 }
 
-#ifdef SPIN_LIMIT
+#ifdef PATIENCE
+INLINE u64 global_time() {
+    u64 now;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+    return now;
+}
+
 #define WAIT(scope, barrier, parity)                                                         \
-    for (u32 done = 0, tries = 0; !done; ++tries) {                                          \
+    u64 start = global_time();                                                               \
+    for (u32 done = 0; !done;) {                                                             \
         asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity" scope                      \
                      ".shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"               \
                      : "=r"(done) : "r"(barrier), "r"(parity) : "memory");                   \
-        if (tries > SPIN_LIMIT) __trap();                                                    \
+        if (global_time() - start > PATIENCE) __trap();                                      \
     }
 #else
 #define WAIT(scope, barrier, parity)                                                         \

@@ -41,6 +41,7 @@ INLINE void produce(const TensorMap& q, const TensorMap& k, const TensorMap& v, 
         for (int p = 0; p < D / 64; ++p)
             load_3d(shared_address(shared.q[i][p]), q, p * 64, blockIdx.x * 128 + i * 64, // LOAD Q
                     blockIdx.y, q_full);
+#pragma unroll 1
     for (int n = 0; n < blocks; ++n) {
         const int stage = n % STAGES, parity = n / STAGES & 1;
         const u32 k_full = shared_address(&shared.k_full[stage]);
@@ -84,6 +85,7 @@ INLINE void attend(const TensorMap& o, float* lse, int s_q, int s_k, int blocks,
     for (int i = 0; i < D / 2; ++i) out[i] = 0;
 
     wait(shared_address(&shared.q_full), 0);
+#pragma unroll 1
     for (int n = 0; n < blocks; ++n) {
         const int stage = n % STAGES, parity = n / STAGES & 1;
         float s[KEYS / 2];

@@ -25,6 +25,7 @@ extern __shared__ __align__(1024) char memory[];
 
 INLINE void produce(const TensorMap& a, const TensorMap& b, int k_tiles, Shared& shared) {
     const u32 rank = cluster_rank();
+#pragma unroll 1
     for (int k = 0; k < k_tiles; ++k) {
         const int stage = k % STAGES;
         const u32 full = shared_address(&shared.full[stage]);
@@ -44,6 +45,7 @@ INLINE void produce(const TensorMap& a, const TensorMap& b, int k_tiles, Shared&
 }
 
 INLINE void multiply(float (&acc)[64], int k_tiles, int consumer, int lane, Shared& shared) {
+#pragma unroll 1
     for (int k = 0; k < k_tiles; ++k) {
         const int stage = k % STAGES;
         wait_cluster(shared_address(&shared.full[stage]), k / STAGES & 1); // WAIT FULL

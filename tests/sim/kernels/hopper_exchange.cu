@@ -48,6 +48,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(128)
     a += (u64)blockIdx.x * 64 * k_all + piece * 8;
     b += (u64)blockIdx.y * 64 * k_all + piece * 8;
     float acc[32];
+#pragma unroll 1
     for (int k = 0; k < k_all / 64; ++k) {
         const int stage = k % STAGES, parity = k / STAGES & 1;
         const u32 to_a = shared_address(tile_a[stage]), to_b = shared_address(tile_b[stage]);

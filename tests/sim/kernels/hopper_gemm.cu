@@ -26,6 +26,7 @@ extern __shared__ __align__(1024) char memory[];
 
 template <class C>
 INLINE void produce(const TensorMap& a, const TensorMap& b, int k_tiles, Shared<C>& shared) {
+#pragma unroll 1
     for (int k = 0; k < k_tiles; ++k) {
         const int stage = k % STAGES;
         const u32 full = shared_address(&shared.full[stage]);
@@ -45,6 +46,7 @@ INLINE void produce(const TensorMap& a, const TensorMap& b, int k_tiles, Shared<
 // acc = 64 rows of A @ 128 rows of B^T.
 template <class C>
 INLINE void multiply(float (&acc)[64], int k_tiles, int consumer, int lane, Shared<C>& shared) {
+#pragma unroll 1
     for (int k = 0; k < k_tiles; ++k) {
         const int stage = k % STAGES;
         wait(shared_address(&shared.full[stage]), k / STAGES & 1); // WAIT FULL

@@ -42,11 +42,11 @@ extern __shared__ __align__(1024) char memory[];
 
 INLINE void produce(const TensorMap& a, const TensorMap& b, const float* scales, int tiles,
                     int tiles_n, int k_tiles, Shared& shared) {
-    bool first = true;
     int done = 0; // stages, of all tiles
     int parity = 1;
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, parity ^= 1) {
         const int row = tile / tiles_n * 128, column = tile % tiles_n * 128;
+#pragma unroll 1
         for (int k = 0; k < k_tiles; ++k, ++done) {
             const int stage = done % STAGES;
             const u32 full = shared_address(&shared.full[stage]);
@@ -58,9 +58,8 @@ INLINE void produce(const TensorMap& a, const TensorMap& b, const float* scales,
 #endif
             load_2d(shared_address(shared.b[stage]), b, k * 64, column, full); // LOAD B
 #ifndef BUG_DEPENDENCE
-            if (first) wait_for_prerequisites(); // B does not come from the kernel before
+            if (done == 0) wait_for_prerequisites(); // B does not come from the kernel before
 #endif
-            first = false;
             load_2d(shared_address(shared.a[stage]), a, k * 64, row, full); // LOAD A
         }
         const u32 full = shared_address(&shared.scales_full);
@@ -82,6 +81,7 @@ INLINE void consume(const TensorMap& c, int tiles, int tiles_n, int k_tiles, int
     int done = 0, parity = 0;
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, parity ^= 1) {
         float acc[64];
+#pragma unroll 1
         for (int k = 0; k < k_tiles; ++k, ++done) {
             const int stage = done % STAGES;
             wait(shared_address(&shared.full[stage]), done / STAGES & 1); // WAIT FULL
