@@ -196,7 +196,7 @@ class Counters:
         """A Row for each source line, in the order of the lines."""
         found: dict[str, list[int]] = {}
         for ins in self.kernel.instructions:
-            found.setdefault(ins.where, []).append(ins.index)
+            found.setdefault(ins.source_line, []).append(ins.index)
         executed = self._executed()
         rows = {}
         for where, indices in sorted(found.items(), key=lambda item: _line_order(item[0])):

@@ -30,7 +30,8 @@ class Where:
     """The place in a running kernel that an error speaks of; parts that are not known are None."""
 
     kernel: str
-    line: str  # "file.cu:12", or "PTX line 40" where the PTX has no line information
+    # "file.cu:12", "file.cuh:3 (inlined at file.cu:12)", or without line information "PTX line 40"
+    line: str
     block: tuple[int, int, int] | None = None
     thread: tuple[int, int, int] | None = None
 

@@ -388,6 +388,9 @@ def test_source_lines() -> None:
     assert other is not None
     assert (other.function, str(other.inlined_at)) == (None, "/a/k.cu:6")
     assert str(last) == "/a/k.cu:7"
+    assert plain.trace == "/a/k.cu:5"
+    assert once.trace == "/a/inner.cuh:9 (inlined at /a/k.cu:5)"
+    assert twice.trace == "/a/inner.cuh:20 (inlined at /a/inner.cuh:9, at /a/k.cu:5)"
 
 
 def test_inlining_is_told_function_by_function() -> None:

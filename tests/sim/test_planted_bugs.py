@@ -6,6 +6,7 @@ marked with comments.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -344,3 +345,22 @@ extern "C" __global__ void k(int* out, const int* in) {
         kernel.launch(1, 64, [out, data])
     assert f"k.cu:{cuda.line_of(source, 'BUG')}" in str(caught.value)
     assert np.array_equal(out.get(), np.arange(64))
+
+
+def test_a_bug_in_an_inlined_function_is_named_with_its_call() -> None:
+    source = """
+__device__ __forceinline__ void put(int* to, int i) { to[i] = i; } // PUT
+__device__ __forceinline__ void twice(int* to, int i) {
+    put(to, i);
+    put(to, i + 1000); // FIRST CALL
+}
+extern "C" __global__ void k(int* out) {
+    twice(out, threadIdx.x); // SECOND CALL
+}"""
+    module = cuda.load(source)
+    with pytest.raises(sim.MemoryFault) as caught:
+        module.kernel("k").launch(1, 32, [module.device.alloc(64, np.int32)])
+    put, first, second = (
+        f"k.cu:{cuda.line_of(source, mark)}" for mark in ("PUT", "FIRST CALL", "SECOND CALL")
+    )
+    assert f"{put} (inlined at {first}, at {second})" in re.sub(r"\S*/(?=k\.cu:)", "", str(caught.value))

@@ -22,6 +22,16 @@ class SourceLine:
     def __str__(self) -> str:
         return f"{self.file}:{self.line}"
 
+    @property
+    def trace(self) -> str:
+        """With the places of the calls, e.g. "a.cuh:3 (inlined at b.cuh:9, at k.cu:2)"."""
+        calls = []
+        at = self.inlined_at
+        while at is not None:
+            calls.append(f"at {at}")
+            at = at.inlined_at
+        return f"{self} (inlined {', '.join(calls)})" if calls else str(self)
+
 
 @dataclass(frozen=True, slots=True)
 class Register:
@@ -131,7 +141,12 @@ class Instruction:
 
     @property
     def where(self) -> str:
-        """The source line for messages; the PTX line where the PTX has no line information."""
+        """For messages: the source line, and where it was inlined; without them the PTX line."""
+        return self.source_line if self.source is None else self.source.trace
+
+    @property
+    def source_line(self) -> str:
+        """The source line alone; the PTX line where the PTX has no line information."""
         return f"PTX line {self.line}" if self.source is None else str(self.source)
 
 
