@@ -363,4 +363,5 @@ extern "C" __global__ void k(int* out) {
     put, first, second = (
         f"k.cu:{cuda.line_of(source, mark)}" for mark in ("PUT", "FIRST CALL", "SECOND CALL")
     )
-    assert f"{put} (inlined at {first}, at {second})" in re.sub(r"\S*/(?=k\.cu:)", "", str(caught.value))
+    message = re.sub(r"\S*/(?=k\.cu:)", "", str(caught.value))
+    assert f"{put} (inlined at {first}, at {second})" in message

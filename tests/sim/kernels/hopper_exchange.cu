@@ -20,7 +20,7 @@ INLINE u32 peer_address(const void* p) {
 
 INLINE void send(u32 to, const uint4& v, u32 barrier) {
 #ifdef PEER_BY_XOR
-    store_async_8(to, v.x | (u64)v.y << 32, barrier); // SEND
+    store_async_8(to, v.x | (u64)v.y << 32, barrier);
     store_async_8(to + 8, v.z | (u64)v.w << 32, barrier);
 #else
     store_async(to, v, barrier); // SEND

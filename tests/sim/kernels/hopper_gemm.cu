@@ -86,7 +86,7 @@ INLINE void stage(const float (&acc)[64], char* panels, int warp, int lane, bf16
     for (int i = 0; i < 64; i += 8) {
         const int column = i * 2 + lane / 16 * 8;
         const u32 panel = shared_address(panels) + i / 32 * PANEL_BYTES;
-        store_matrices(panel + swizzled(row, column % 64 * 2), pack(acc[i], acc[i + 1]), // STAGE C16
+        store_matrices(panel + swizzled(row, column % 64 * 2), pack(acc[i], acc[i + 1]), // STAGE BF16
                        pack(acc[i + 2], acc[i + 3]), pack(acc[i + 4], acc[i + 5]),
                        pack(acc[i + 6], acc[i + 7]));
     }
