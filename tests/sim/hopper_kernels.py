@@ -38,7 +38,10 @@ def upload(device: sim.Device, array: Any, name: str) -> sim.DeviceArray:
 
 
 def tensor(array: sim.DeviceArray, *box: int) -> Any:
-    """A tensor map with rows swizzled by 128 bytes; 16-bit arrays are bf16."""
+    """A tensor map with rows swizzled by 128 bytes; 16-bit arrays are bf16.
+
+    It does not keep the array alive.
+    """
     kind = {2: "bfloat16", 4: "float32"}[array.dtype.itemsize]
     return sim.tensor_map(array, box_dim=box, data_type=kind, swizzle="128B")
 
@@ -50,9 +53,10 @@ def gemm(a: Any, b: Any, dtype: Any = np.float32, stages: int = 4, *bugs: str, *
     (m, k), n = a.shape, b.shape[0]
     item = np.dtype(dtype).itemsize
     c = device.alloc((m, n), np.float32 if item == 4 else np.uint16, name="c")
+    a_array, b_array = upload(device, a, "a"), upload(device, b, "b")
     args = [
-        tensor(upload(device, a, "a"), 64, 128),
-        tensor(upload(device, b, "b"), 64, 128),
+        tensor(a_array, 64, 128),
+        tensor(b_array, 64, 128),
         tensor(c, 128 // item, 64),
         k // 64,
     ]
@@ -72,9 +76,10 @@ def cluster_gemm(a: Any, b: Any, stages: int = 4, *bugs: str, **how: Any) -> Any
     device = loaded.device
     (m, k), n = a.shape, b.shape[0]
     c = device.alloc((m, n), np.float32, name="c")
+    a_array, b_array = upload(device, a, "a"), upload(device, b, "b")
     args = [
-        tensor(upload(device, a, "a"), 64, 128),
-        tensor(upload(device, b, "b"), 64, 64),
+        tensor(a_array, 64, 128),
+        tensor(b_array, 64, 64),
         tensor(c, 32, 64),
         k // 64,
     ]
@@ -113,10 +118,8 @@ def attention(q: Any, k: Any, v: Any, causal: bool, *bugs: str, **how: Any) -> t
     s_k = k.shape[1]
     out = device.alloc(q.shape, np.uint16, name="out")
     lse = device.alloc((heads, s_q), np.float32, name="lse")
-    maps = [
-        tensor(array, 64, 64, 1)
-        for array in (*(upload(device, x, n) for x, n in zip((q, k, v), "qkv", strict=True)), out)
-    ]
+    arrays = [upload(device, x, name) for x, name in ((q, "q"), (k, "k"), (v, "v"))]
+    maps = [tensor(array, 64, 64, 1) for array in (*arrays, out)]
     loaded.kernel(f"attention_{d}").launch(
         (-(-s_q // 128), heads),
         384,
@@ -158,9 +161,10 @@ def persistent_gemm(x: Any, b: Any, grid: int, stages: int = 4, *bugs: str, **ho
     c = device.alloc((m, n), np.float32, name="c")
     # The last rows belong to no row of A: they are copied, never stored.
     scales = device.upload(np.full(tiles_m * 128, np.nan, np.float32), name="scales")
+    x_array, b_array = upload(device, x, "x"), upload(device, b, "b")
     args = [
         tensor(a, 64, 128),
-        tensor(upload(device, b, "b"), 64, 128),
+        tensor(b_array, 64, 128),
         tensor(c, 32, 64),
         scales,
         tiles_m * tiles_n,
@@ -169,7 +173,6 @@ def persistent_gemm(x: Any, b: Any, grid: int, stages: int = 4, *bugs: str, **ho
     ]
     options = {"checks": CHECKS, **how}
     stream = device.stream()
-    x_array = upload(device, x, "x")
     stream.launch(loaded.kernel("normalise"), m // 4, 128, [x_array, a, scales, k], **options)
     stream.launch(
         loaded.kernel("persistent_gemm"),
@@ -177,7 +180,7 @@ def persistent_gemm(x: Any, b: Any, grid: int, stages: int = 4, *bugs: str, **ho
         384,
         args,
         programmatic=True,
-        shared_bytes=stages * STAGE_BYTES + 67584,
+        shared_bytes=stages * STAGE_BYTES + 66560,
         **options,
     )
     stream.synchronize()

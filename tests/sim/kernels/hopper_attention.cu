@@ -20,7 +20,7 @@ template <int D> struct Shared {
     static constexpr int PANELS = D / 64;
     alignas(1024) char q[CONSUMERS][PANELS][PANEL_BYTES]; // later O
     alignas(1024) char k[STAGES][PANELS][PANEL_BYTES], v[STAGES][PANELS][PANEL_BYTES];
-    alignas(1024) u64 q_full, k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
+    u64 q_full, k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
 };
 
 extern __shared__ __align__(1024) char memory[];

@@ -18,7 +18,7 @@ constexpr int PANEL_BYTES = 64 * 128;    // 64 rows, 128 bytes of each
 struct Shared {
     alignas(1024) char a[STAGES][TILE_BYTES], b[STAGES][TILE_BYTES];
     alignas(1024) char c[CONSUMERS][4][PANEL_BYTES];
-    alignas(1024) u64 full[STAGES], empty[STAGES];
+    u64 full[STAGES], empty[STAGES];
 };
 
 extern __shared__ __align__(1024) char memory[];

@@ -5,7 +5,7 @@
 // after tile, multiplies and puts the scales back. M is a multiple of 4. Maps as for hopper_gemm:
 // A, B {64, 128}, C {32, 64}, rows swizzled by 128 bytes.
 // normalise: grid M / 4, block 128. persistent_gemm: any grid, block 384, shared memory
-// sizeof(Shared) = STAGES * 32768 + 67584 bytes; `scales` has room for ceil(M / 128) * 128.
+// sizeof(Shared) = STAGES * 32768 + 66560 bytes; `scales` has room for ceil(M / 128) * 128.
 #include "hopper.cuh"
 
 #ifndef STAGES
@@ -34,8 +34,8 @@ extern "C" __global__ void normalise(const float* x, bf16* a, float* scales, int
 struct Shared {
     alignas(1024) char a[STAGES][TILE_BYTES], b[STAGES][TILE_BYTES];
     alignas(1024) char c[CONSUMERS][4][PANEL_BYTES];
-    alignas(1024) float scales[128];
-    alignas(1024) u64 full[STAGES], empty[STAGES], scales_full, scales_empty;
+    float scales[128];
+    u64 full[STAGES], empty[STAGES], scales_full, scales_empty;
 };
 
 extern __shared__ __align__(1024) char memory[];
