@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-from typing import Any
-
-import ml_dtypes
 import numpy as np
 import pytest
 
-from cumla import sim
+from sim.triton_kit import DELIVERIES, DTYPES, Compiled
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
-CHECKS = {"memory", "race"}
-DELIVERIES = ("eager", "late", "random")
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -69,44 +62,6 @@ def scan_kernel(x, y, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     tl.store(y + at, tl.cumsum(tl.load(x + at), axis=0))
 
 
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-
-
-class Compiled:
-    """A Triton kernel as PTX on a device."""
-
-    def __init__(
-        self,
-        function: Any,
-        signature: dict[str, str],
-        constants: dict[str, Any],
-        target: str,
-        **options: Any,
-    ) -> None:
-        from triton.backends.compiler import GPUTarget
-        from triton.compiler import ASTSource, compile
-
-        kinds = {**signature, **dict.fromkeys(constants, "constexpr")}
-        source = ASTSource(fn=function, signature=kinds, constexprs=constants)
-        capability = int(re.sub(r"\D", "", target))
-        made = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-        self.device = sim.Device(target, memory_bytes=1 << 28)
-        self.ptx = made.asm["ptx"]
-        self.kernel = self.device.load(self.ptx).kernel(made.metadata.name)
-        self.threads = made.metadata.num_warps * 32
-        self.shared = made.metadata.shared
-
-    def __call__(self, grid: Any, *args: Any, **options: Any) -> None:
-        # Behind its own parameters a kernel may have pointers to scratch memory, here unused.
-        spare = len(self.kernel.entry.parameters) - len(args)
-        self.kernel.launch(
-            grid, self.threads, [*args, *[0] * spare], shared_bytes=self.shared,
-            **{"checks": CHECKS, **options},
-        )  # fmt: skip
-
-
 @pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90a", "sm_120"])
 def test_softmax(target: str) -> None:
     kernel = Compiled(
@@ -131,7 +86,7 @@ def test_matmul(kind: str, target: str, delivery: str) -> None:
         num_warps=4,
         num_stages=3,
     )
-    dtype = {"fp16": np.float16, "bf16": ml_dtypes.bfloat16, "fp32": np.float32}[kind]
+    dtype = DTYPES[kind]
     m, n, k = 100, 72, 136
     random = np.random.default_rng(1)
     a, b = (random.standard_normal(s).astype(dtype) for s in ((m, k), (k, n)))

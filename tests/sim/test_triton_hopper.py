@@ -1,0 +1,386 @@
+"""Triton's matmuls and attention for Hopper: wgmma, TMA, warp specialisation.
+
+Nobody here wrote these instruction sequences, so they prove what tests of single instructions
+cannot. Factors are small integers: products and sums are exact in every accumulator, and the
+result of a matmul must equal NumPy's to the bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sim.triton_kit import DELIVERIES, DTYPES, Compiled, Descriptor, described
+
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
+
+pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+WGMMA = "wgmma.mma_async.sync.aligned"
+TMA_LOAD = "shared::cta.global.mbarrier::complete_tx::bytes"
+TMA_STORE = "global.shared::cta.bulk_group"
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def pointer_matmul(  # type: ignore[no-untyped-def]
+    a, b, c, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr,
+    EDGES: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    columns = tl.program_id(1) * BN + tl.arange(0, BN)
+    ks = tl.arange(0, BK)
+    total = tl.zeros((BM, BN), dtype=ACC)
+    for k in range(0, K, BK):
+        left = a + rows[:, None] * K + (k + ks)[None, :]
+        right = b + (k + ks)[:, None] * N + columns[None, :]
+        if EDGES:
+            x = tl.load(left, mask=(rows[:, None] < M) & ((k + ks)[None, :] < K), other=0.0)
+            y = tl.load(right, mask=((k + ks)[:, None] < K) & (columns[None, :] < N), other=0.0)
+        else:
+            x = tl.load(left)
+            y = tl.load(right)
+        total = tl.dot(x, y, total, out_dtype=ACC)
+    to = c + rows[:, None] * N + columns[None, :]
+    tl.store(to, total, mask=(rows[:, None] < M) & (columns[None, :] < N))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def descriptor_matmul(  # type: ignore[no-untyped-def]
+    a, b, c, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr,
+    TRANSPOSED: tl.constexpr, SPECIALISED: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BM
+    column = tl.program_id(1) * BN
+    total = tl.zeros((BM, BN), dtype=ACC)
+    for k in tl.range(0, K, BK, warp_specialize=SPECIALISED):
+        left = a.load([row, k])
+        right = b.load([column, k]).T if TRANSPOSED else b.load([k, column])
+        total = tl.dot(left, right, total, out_dtype=ACC)
+    c.store([row, column], total.to(c.dtype))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def persistent_matmul(  # type: ignore[no-untyped-def]
+    a, b, c, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, FLAT: tl.constexpr,
+    SPECIALISED: tl.constexpr,
+):  # fmt: skip
+    across = tl.cdiv(N, BN)
+    tiles = tl.cdiv(M, BM) * across
+    for tile in tl.range(
+        tl.program_id(0), tiles, tl.num_programs(0), flatten=FLAT, warp_specialize=SPECIALISED
+    ):
+        row = tile // across * BM
+        column = tile % across * BN
+        total = tl.zeros((BM, BN), dtype=tl.float32)
+        for k in range(0, K, BK):
+            total = tl.dot(a.load([row, k]), b.load([column, k]).T, total)
+        c.store([row, column], total.to(c.dtype))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def own_descriptors(  # type: ignore[no-untyped-def]
+    a, b, c, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
+):
+    da = tl.make_tensor_descriptor(a, shape=[M, K], strides=[K, 1], block_shape=[BM, BK])
+    db = tl.make_tensor_descriptor(b, shape=[N, K], strides=[K, 1], block_shape=[BN, BK])
+    dc = tl.make_tensor_descriptor(c, shape=[M, N], strides=[N, 1], block_shape=[BM, BN])
+    row = tl.program_id(0) * BM
+    column = tl.program_id(1) * BN
+    total = tl.zeros((BM, BN), dtype=tl.float32)
+    for k in range(0, K, BK):
+        total = tl.dot(da.load([row, k]), db.load([column, k]).T, total)
+    dc.store([row, column], total.to(tl.bfloat16))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def pointer_attention(  # type: ignore[no-untyped-def]
+    q, k, v, o, T, scale, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr
+):
+    base = tl.program_id(1) * T * D
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    ds = tl.arange(0, D)
+    own = base + rows[:, None] * D + ds[None, :]
+    queries = tl.load(q + own, mask=rows[:, None] < T, other=0.0)
+    best = tl.full((BM,), -float("inf"), tl.float32)
+    weight = tl.zeros((BM,), tl.float32)
+    total = tl.zeros((BM, D), tl.float32)
+    for start in range(0, tl.minimum(T, (tl.program_id(0) + 1) * BM), BN):
+        at = start + tl.arange(0, BN)
+        keys = tl.load(k + base + at[None, :] * D + ds[:, None], mask=at[None, :] < T, other=0.0)
+        scores = tl.dot(queries, keys) * scale
+        scores = tl.where(at[None, :] <= rows[:, None], scores, -1.0e30)
+        new = tl.maximum(best, tl.max(scores, 1))
+        p = tl.exp2(scores - new[:, None])
+        factor = tl.exp2(best - new)
+        weight = weight * factor + tl.sum(p, 1)
+        values = tl.load(v + base + at[:, None] * D + ds[None, :], mask=at[:, None] < T, other=0.0)
+        total = tl.dot(p.to(values.dtype), values, total * factor[:, None])
+        best = new
+    tl.store(o + own, total / weight[:, None], mask=rows[:, None] < T)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def descriptor_attention(  # type: ignore[no-untyped-def]
+    q, k, v, o, T, scale, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
+    SPECIALISED: tl.constexpr,
+):  # fmt: skip
+    base = tl.program_id(1) * T
+    row = base + tl.program_id(0) * BM
+    queries = q.load([row, 0])
+    best = tl.full((BM,), -float("inf"), tl.float32)
+    weight = tl.zeros((BM,), tl.float32)
+    total = tl.zeros((BM, D), tl.float32)
+    for start in tl.range(0, T, BN, warp_specialize=SPECIALISED):
+        scores = tl.dot(queries, k.load([base + start, 0]).T) * scale
+        new = tl.maximum(best, tl.max(scores, 1))
+        p = tl.exp2(scores - new[:, None])
+        factor = tl.exp2(best - new)
+        weight = weight * factor + tl.sum(p, 1)
+        values = v.load([base + start, 0])
+        total = tl.dot(p.to(values.dtype), values, total * factor[:, None])
+        best = new
+    o.store([row, 0], total / weight[:, None])
+
+
+def integers(seed: int, shape: tuple[int, ...], kind: str) -> Any:
+    """Small whole numbers: sums of products of these are exact."""
+    return np.random.default_rng(seed).integers(-4, 5, shape).astype(DTYPES[kind])
+
+
+def product(a: Any, b: Any, kind: str) -> Any:
+    return (a.astype(np.float64) @ b.astype(np.float64)).astype(DTYPES[kind])
+
+
+def tiles(m: int, n: int, k: int, **more: Any) -> dict[str, Any]:
+    return {"BM": m, "BN": n, "BK": k, **more}
+
+
+@pytest.mark.parametrize("delivery", DELIVERIES)
+@pytest.mark.parametrize(
+    ("kind", "step"), [("bf16", 64), ("fp16", 64), ("fp8e4nv", 128), ("fp8e5", 128), ("fp32", 32)]
+)
+def test_matmul_through_pointers(kind: str, step: int, delivery: str) -> None:
+    kernel = Compiled(
+        pointer_matmul,
+        {**dict.fromkeys("ab", f"*{kind}"), "c": "*fp32", **dict.fromkeys("MNK", "i32")},
+        tiles(64, 64, step, ACC=tl.float32, EDGES=True),
+        multiples="NK",
+        num_warps=4,
+        num_stages=3,
+    )
+    assert kernel.has(WGMMA, "cp.async.cg.shared.global", "cp.async.wait_group")
+    m, n, k = 100, 80, 2 * step + 16
+    a, b = integers(1, (m, k), kind), integers(2, (k, n), kind)
+    c = kernel.device.alloc((m, n), np.float32)
+    upload = kernel.device.upload
+    kernel((2, 2), upload(a), upload(b), c, m, n, k, delivery=delivery)
+    assert np.array_equal(c.get(), product(a, b, "fp32"))
+
+
+@pytest.mark.parametrize("delivery", DELIVERIES)
+@pytest.mark.parametrize(("kind", "warps"), [("bf16", 4), ("fp16", 8)])
+def test_wgmma_in_flight(kind: str, warps: int, delivery: str) -> None:
+    kernel = Compiled(
+        pointer_matmul,
+        {**dict.fromkeys("ab", f"*{kind}"), "c": "*fp32", **dict.fromkeys("MNK", "i32")},
+        tiles(128, 64, 32, ACC=tl.float32, EDGES=False),
+        multiples="MNK",
+        num_warps=warps,
+        num_stages=4,
+    )
+    # A tile's wgmma runs on while the next one is issued.
+    assert kernel.has(WGMMA, "wgmma.wait_group.sync.aligned 1", "cp.async.cg.shared.global")
+    a, b = integers(3, (128, 192), kind), integers(4, (192, 64), kind)
+    c = kernel.device.alloc((128, 64), np.float32)
+    upload = kernel.device.upload
+    kernel(1, upload(a), upload(b), c, 128, 64, 192, delivery=delivery)
+    assert np.array_equal(c.get(), product(a, b, "fp32"))
+
+
+def test_int8_matmul() -> None:
+    kernel = Compiled(
+        pointer_matmul,
+        {**dict.fromkeys("ab", "*i8"), "c": "*i32", **dict.fromkeys("MNK", "i32")},
+        tiles(64, 64, 64, ACC=tl.int32, EDGES=True),
+        multiples="NK",
+    )
+    assert kernel.has("s32.s8.s8")
+    random = np.random.default_rng(5)
+    a, b = (random.integers(-128, 128, s).astype(np.int8) for s in ((64, 144), (144, 64)))
+    c = kernel.device.alloc((64, 64), np.int32)
+    kernel(1, kernel.device.upload(a), kernel.device.upload(b), c, 64, 64, 144)
+    assert np.array_equal(c.get(), a.astype(np.int32) @ b.astype(np.int32))
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """A matmul through tensor maps: kinds of factors and result, tile, and whether B is [N, K]."""
+
+    kind: str
+    out: str
+    tile: tuple[int, int, int]
+    transposed: bool
+    warps: int = 4
+    ctas: int = 1
+    acc: Any = tl.float32
+    specialised: bool = False
+
+    def compile(self) -> Compiled:
+        m, n, k = self.tile
+        b = (n, k) if self.transposed else (k, n)
+        return Compiled(
+            descriptor_matmul,
+            {
+                "a": described(self.kind, m, k),
+                "b": described(self.kind, *b),
+                "c": described(self.out, m, n),
+                "K": "i32",
+            },
+            tiles(m, n, k, ACC=self.acc, TRANSPOSED=self.transposed, SPECIALISED=self.specialised),
+            num_warps=self.warps,
+            num_ctas=self.ctas,
+            num_stages=3,
+        )
+
+    def check(self, kernel: Compiled, m: int, n: int, k: int, delivery: str) -> None:
+        a, b = integers(6, (m, k), self.kind), integers(7, (k, n), self.kind)
+        c = kernel.device.alloc((m, n), DTYPES[self.out])
+        upload = kernel.device.upload
+        right = upload(np.ascontiguousarray(b.T) if self.transposed else b)
+        grid = (-(-m // self.tile[0]), -(-n // self.tile[1]))
+        kernel(grid, Descriptor(upload(a)), Descriptor(right), Descriptor(c), k, delivery=delivery)
+        assert np.array_equal(c.get(), product(a, b, self.out))
+
+
+@pytest.mark.parametrize("delivery", DELIVERIES)
+@pytest.mark.parametrize(
+    "tiling",
+    [
+        Tiling("bf16", "bf16", (64, 64, 64), transposed=False),
+        Tiling("bf16", "bf16", (128, 128, 64), transposed=True, warps=8),
+        Tiling("fp16", "fp16", (64, 128, 32), transposed=True, acc=tl.float16),
+        Tiling("fp32", "fp32", (64, 64, 32), transposed=True),
+        Tiling("fp8e4nv", "bf16", (64, 64, 128), transposed=True),
+        Tiling("i8", "i32", (64, 64, 128), transposed=True, acc=tl.int32),
+        Tiling("bf16", "bf16", (64, 128, 64), transposed=True, specialised=True),
+        Tiling("bf16", "bf16", (128, 128, 64), transposed=True, ctas=2),
+    ],
+    ids=str,
+)
+def test_matmul_through_tensor_maps(tiling: Tiling, delivery: str) -> None:
+    kernel = tiling.compile()
+    assert kernel.has(WGMMA, TMA_LOAD, TMA_STORE)
+    assert kernel.has("setmaxnreg.dec") == tiling.specialised
+    assert kernel.has("barrier.cluster.arrive") == (tiling.ctas > 1)
+    # Boxes that reach over all edges, and one block more than a tile.
+    tiling.check(kernel, 136, 80, 2 * tiling.tile[2] + 16, delivery)
+
+
+@pytest.mark.parametrize("delivery", DELIVERIES)
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("specialised", [False, True])
+def test_persistent_matmul(specialised: bool, flat: bool, delivery: str) -> None:
+    if specialised and flat:
+        pytest.skip("Triton does not specialise flattened loops")
+    kernel = Compiled(
+        persistent_matmul,
+        {
+            "a": described("bf16", 64, 64),
+            "b": described("bf16", 64, 64),
+            "c": described("bf16", 64, 64),
+            **dict.fromkeys("MNK", "i32"),
+        },
+        tiles(64, 64, 64, FLAT=flat, SPECIALISED=specialised),
+        num_warps=4,
+        num_stages=3,
+    )
+    assert kernel.has(WGMMA, TMA_LOAD, TMA_STORE)
+    assert kernel.has("setmaxnreg.dec") == specialised
+    m, n, k = 136, 136, 144
+    a, b = integers(8, (m, k), "bf16"), integers(9, (n, k), "bf16")
+    c = kernel.device.alloc((m, n), DTYPES["bf16"])
+    maps = [Descriptor(x) for x in (kernel.device.upload(a), kernel.device.upload(b), c)]
+    # 9 tiles: one block has 5.
+    kernel(2, *maps, m, n, k, delivery=delivery)
+    assert np.array_equal(c.get(), product(a, b.T, "bf16"))
+
+
+@pytest.mark.parametrize("delivery", DELIVERIES)
+def test_matmul_that_makes_its_tensor_maps(delivery: str) -> None:
+    kernel = Compiled(
+        own_descriptors,
+        {**dict.fromkeys("abc", "*bf16"), **dict.fromkeys("MNK", "i32")},
+        tiles(64, 64, 64),
+        multiples="NK",
+    )
+    assert kernel.has(WGMMA, "tensormap.replace.tile", "tensormap.cp_fenceproxy")
+    m, n, k = 100, 80, 144
+    a, b = integers(10, (m, k), "bf16"), integers(11, (n, k), "bf16")
+    c = kernel.device.alloc((m, n), DTYPES["bf16"])
+    upload = kernel.device.upload
+    kernel((2, 2), upload(a), upload(b), c, m, n, k, delivery=delivery)
+    assert np.array_equal(c.get(), product(a, b.T, "bf16"))
+
+
+def attention(q: Any, k: Any, v: Any, scale: float, causal: bool) -> tuple[Any, Any]:
+    """[h, t, d] float64 attention with powers of two, and with |v| for a bound on its error."""
+    q, k, v = (x.astype(np.float64) for x in (q, k, v))
+    scores = q @ k.swapaxes(1, 2) * scale
+    if causal:
+        scores = np.where(np.tri(scores.shape[1], dtype=bool), scores, -np.inf)
+    p = np.exp2(scores - scores.max(axis=2, keepdims=True))
+    p /= p.sum(axis=2, keepdims=True)
+    return p @ v, p @ np.abs(v)
+
+
+@pytest.mark.parametrize("delivery", DELIVERIES)
+@pytest.mark.parametrize(("kind", "digits"), [("bf16", 8), ("fp16", 11)])
+def test_attention_through_pointers(kind: str, digits: int, delivery: str) -> None:
+    kernel = Compiled(
+        pointer_attention,
+        {**dict.fromkeys("qkv", f"*{kind}"), "o": "*fp32", "T": "i32", "scale": "fp32"},
+        {"BM": 64, "BN": 64, "D": 64},
+        multiples="qkv",
+        num_stages=3,
+    )
+    assert kernel.has(WGMMA, "cp.async.cg.shared.global")
+    heads, t, d, scale = 2, 150, 64, 0.125
+    random = np.random.default_rng(12)
+    q, k, v = (random.standard_normal((heads, t, d)).astype(DTYPES[kind]) for _ in range(3))
+    o = kernel.device.alloc((heads, t, d), np.float32)
+    upload = kernel.device.upload
+    kernel((3, heads), upload(q), upload(k), upload(v), o, t, scale, delivery=delivery)
+    expected, size = attention(q, k, v, scale, causal=True)
+    # Each weight is rounded to so many digits before it meets its value.
+    assert (np.abs(o.get() - expected) <= 1.01 * 2.0**-digits * size).all()
+
+
+@pytest.mark.parametrize("delivery", DELIVERIES)
+@pytest.mark.parametrize("specialised", [False, True])
+def test_attention_through_tensor_maps(specialised: bool, delivery: str) -> None:
+    rows, t, d, scale = (64 if specialised else 128), 128, 64, 0.125
+    kernel = Compiled(
+        descriptor_attention,
+        {
+            "q": described("bf16", rows, d),
+            "k": described("bf16", 64, d),
+            "v": described("bf16", 64, d),
+            "o": described("fp32", rows, d),
+            "T": "i32",
+            "scale": "fp32",
+        },
+        {"BM": rows, "BN": 64, "D": d, "SPECIALISED": specialised},
+        num_stages=2,
+    )
+    assert kernel.has(WGMMA, TMA_LOAD, TMA_STORE)
+    assert kernel.has("setmaxnreg.dec") == specialised
+    random = np.random.default_rng(13)
+    q, k, v = (random.standard_normal((2, t, d)).astype(DTYPES["bf16"]) for _ in range(3))
+    o = kernel.device.alloc((2 * t, d), np.float32)
+    maps = [Descriptor(kernel.device.upload(x.reshape(2 * t, d))) for x in (q, k, v)]
+    kernel((t // rows, 2), *maps, Descriptor(o), t, scale, delivery=delivery)
+    expected, size = attention(q, k, v, scale, causal=False)
+    assert (np.abs(o.get().reshape(2, t, d) - expected) <= 1.01 * 2.0**-8 * size).all()
