@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -111,8 +112,24 @@ class Compiled:
             int(re.sub(r"\D", "", target)),
             tuple(options.items()),
         )
+        self._load(target)
+
+    def _load(self, target: str) -> None:
         self.device = sim.Device(target, memory_bytes=1 << 28)
         self.kernel = self.device.load(self.ptx).kernel(self.metadata.name)
+
+    def without(self, instruction: str, which: int = 0) -> Compiled:
+        """The kernel, on a new device, without one of its instructions that begin like this."""
+        lines = self.ptx.splitlines()
+        found = [
+            i
+            for i, line in enumerate(lines)
+            if re.match(rf"\s*(@!?%?\w+ )?{re.escape(instruction)}\b", line)
+        ]
+        made = copy(self)
+        made.ptx = "\n".join([*lines[: found[which]], "//", *lines[found[which] + 1 :]])
+        made._load(self.device.target)
+        return made
 
     def __call__(self, grid: int | Sequence[int], *args: Any, **options: Any) -> sim.Launch:
         """Launch with all checks; as in Triton, the grid counts clusters."""
