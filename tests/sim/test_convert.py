@@ -180,7 +180,10 @@ def test_all_halves_widened(to: str, source: str) -> None:
 
 @pytest.mark.parametrize(("to", "source"), [("f16", "bf16"), ("bf16", "f16")])
 def test_all_halves_to_the_other_kind(to: str, source: str) -> None:
-    assert_rounds(to, source, ALL_16.view(DTYPES[source]))
+    values = ALL_16.view(DTYPES[source])
+    assert_rounds(to, source, values)
+    unsaid, nearest = run(f"cvt.{to}.{source}", values), run(f"cvt.rn.{to}.{source}", values)
+    assert np.array_equal(unsaid.view(np.uint16), nearest.view(np.uint16))
 
 
 def between(kind: str) -> tuple[Any, Any, Any]:

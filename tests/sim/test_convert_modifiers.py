@@ -159,7 +159,6 @@ def test_pack(kind: str) -> None:
         "cvt.rni.f32.s32",
         "cvt.rn.u32.s32",
         "cvt.f16.f32",
-        "cvt.bf16.f16",
         "cvt.rni.f16.f32",
         "cvt.rna.f16.f32",
         "cvt.rs.bf16.f32",
