@@ -7,6 +7,7 @@ result of a matmul must equal NumPy's to the bit.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +74,22 @@ def test_wgmma_in_flight(kind: str, warps: int, delivery: str) -> None:
     c = kernel.device.alloc((128, 64), np.float32)
     upload = kernel.device.upload
     kernel(1, upload(a), upload(b), c, 128, 64, 192, delivery=delivery)
+    assert np.array_equal(c.get(), product(a, b, "fp32"))
+
+
+@pytest.mark.parametrize("kind", ["fp8e4nv", "i8"])
+def test_factor_converted_in_registers(kind: str) -> None:
+    kernel = Compiled(
+        pointer_matmul,
+        {"a": f"*{kind}", "b": "*bf16", "c": "*fp32", **dict.fromkeys("MNK", "i32")},
+        tiles(64, 64, 64, ACC=tl.float32, EDGES=False),
+        multiples="MNK",
+    )
+    # D and the four registers of A in braces, then one descriptor.
+    assert re.search(r"wgmma\.mma_async\S* \{[^}]*\}, ?\{%r\d+(,%r\d+){3}\}, %rd", kernel.ptx)
+    a, b = integers(14, (64, 192), kind), integers(15, (192, 64), "bf16")
+    c = kernel.device.alloc((64, 64), np.float32)
+    kernel(1, kernel.device.upload(a), kernel.device.upload(b), c, 64, 64, 192, delivery="late")
     assert np.array_equal(c.get(), product(a, b, "fp32"))
 
 

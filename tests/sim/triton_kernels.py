@@ -31,7 +31,7 @@ def pointer_matmul(  # type: ignore[no-untyped-def]
         else:
             x = tl.load(left)
             y = tl.load(right)
-        total = tl.dot(x, y, total, out_dtype=ACC)
+        total = tl.dot(x.to(y.dtype), y, total, out_dtype=ACC)
     to = c + rows[:, None] * N + columns[None, :]
     tl.store(to, total, mask=(rows[:, None] < M) & (columns[None, :] < N))
 
