@@ -98,6 +98,24 @@ def test_tensor_maps(instruction: str, which: int, error: type[KernelError], del
         run(kernel.without(instruction, which), delivery)
 
 
+@pytest.mark.parametrize("delivery", DELIVERIES)
+def test_accumulators_that_triton_reads_too_early(delivery: str) -> None:
+    # With f16 accumulators Triton unpacks D while wgmma is under way. ptxas sees it and puts a
+    # wgmma.wait_group before (its note C7517); the PTX itself is wrong.
+    kernel = Compiled(
+        pointer_matmul,
+        {**dict.fromkeys("abc", "*fp16"), **dict.fromkeys("MNK", "i32")},
+        tiles(128, 64, 32, ACC=tl.float16, EDGES=False),
+        multiples="MNK",
+        num_warps=4,
+        num_stages=4,
+    )
+    a, b = integers(0, (128, 192), "fp16"), integers(1, (192, 64), "fp16")
+    upload, c = kernel.device.upload, kernel.device.alloc((128, 64), np.float16)
+    with pytest.raises(RaceError, match="wgmma.wait_group is missing"):
+        kernel(1, upload(a), upload(b), c, 128, 64, 192, delivery=delivery)
+
+
 def test_worker_that_does_not_arrive() -> None:
     kernel = through_tensor_maps(specialised=True).without("mbarrier.arrive.shared::cta.b64")
     with pytest.raises(Deadlock):

@@ -154,7 +154,7 @@ class Tiling:
     [
         Tiling("bf16", "bf16", (64, 64, 64), transposed=False),
         Tiling("bf16", "bf16", (128, 128, 64), transposed=True, warps=8),
-        Tiling("fp16", "fp16", (64, 128, 32), transposed=True, acc=tl.float16),
+        Tiling("fp16", "fp16", (64, 128, 32), transposed=True),
         Tiling("fp32", "fp32", (64, 64, 32), transposed=True),
         Tiling("fp8e4nv", "bf16", (64, 64, 128), transposed=True),
         Tiling("i8", "i32", (64, 64, 128), transposed=True, acc=tl.int32),
