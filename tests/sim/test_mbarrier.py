@@ -159,6 +159,18 @@ def test_barriers_out_of_order_among_the_lanes():
     assert wave.mbarriers == {8 * n: 1 for n in range(8)}
 
 
+@pytest.mark.parametrize("parity", [0, 1, 2, 3, 2**31, 2**31 + 1, 2**32 - 2, 2**32 - 1])
+def test_lowest_bit_of_a_parity_counts(parity):
+    # As an H200 has it; PTX ISA has 0 and 1 only.
+    wave = make_wave()
+    kit = Kit()
+    c = cohort(wave, [3])
+    kit.init(c, 0, 1)
+    for phase in range(3):
+        assert flag(c, kit.test_parity(c, 0, parity)) == [parity & 1 != phase & 1]
+        kit.arrive(c, 0)
+
+
 def test_dropping_out_changes_later_phases():
     wave = make_wave()
     kit = Kit()

@@ -100,13 +100,11 @@ def test_misaligned():
     assert info.value.address == 12
 
 
-def test_parities_and_states_that_mean_nothing():
+def test_states_that_mean_nothing():
     wave = make_wave()
     kit = Kit()
     c = cohort(wave, [0, 1])
     kit.init(cohort(wave, [0]), 8, 1)
-    with pytest.raises(KernelTrap, match=r"thread \(1, 0, 0\): phase parity 2; it is 0 or 1"):
-        kit.test_parity(c, 8, [0, 2])
     old = kit.arrive(cohort(wave, [0]), 8)
     kit.arrive(cohort(wave, [0]), 8)
     with pytest.raises(KernelTrap, match="not of the current phase"):

@@ -201,10 +201,11 @@ def _wait(ins: Instruction, env: Env) -> Op:
 
 
 def _by_parity(words: Words, barriers: Found, parity: Array) -> Array:
-    """Whether the phase of this parity, the current one or the one before, is complete."""
-    if (parity > 1).any():
-        raise _wrong(words, barriers, parity > 1, f"phase parity {int(parity.max())}; it is 0 or 1")
-    return barriers.spread(barriers.phases & 1).astype(np.uint32) != parity
+    """Whether the phase of this parity, the current one or the one before, is complete.
+
+    PTX ISA has 0 and 1 only. Triton passes -1 for 1, and GPUs look at the lowest bit.
+    """
+    return barriers.spread(barriers.phases & 1).astype(np.uint32) != (parity & 1)
 
 
 def _by_state(words: Words, barriers: Found, state: Array) -> Array:
