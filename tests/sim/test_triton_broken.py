@@ -15,12 +15,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 
 
 def through_pointers() -> Compiled:
+    """Two warpgroups that share the second factor: what one knows of its wgmma is not enough."""
     return Compiled(
         pointer_matmul,
         {**dict.fromkeys("ab", "*bf16"), "c": "*fp32", **dict.fromkeys("MNK", "i32")},
         tiles(128, 64, 32, ACC=tl.float32, EDGES=False),
         multiples="MNK",
-        num_warps=4,
+        num_warps=8,
         num_stages=4,
     )
 
