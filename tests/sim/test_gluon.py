@@ -177,6 +177,7 @@ def test_specialised_matmul(warps: int, delivery: str) -> None:
         {"STAGES": 2, "W": warps},
         num_warps=warps,
     )
+    kernel = kernel.with_single_stores()
     # One warp loads; what its warp group has more was added to fill it.
     assert kernel.metadata.num_warps == warps + 4
     assert kernel.has("setmaxnreg.dec.sync.aligned.u32", "wgmma.mma_async", "elect.sync")

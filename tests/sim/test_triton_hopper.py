@@ -25,7 +25,7 @@ from sim.triton_kernels import (
     product,
     tiles,
 )
-from sim.triton_kit import DELIVERIES, DTYPES, Compiled, Descriptor, described
+from sim.triton_kit import CHECKS, DELIVERIES, DTYPES, Compiled, Descriptor, described
 
 tl = pytest.importorskip("triton.language")
 
@@ -33,6 +33,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 WGMMA = "wgmma.mma_async.sync.aligned"
 TMA_LOAD = "shared::cta.global.mbarrier::complete_tx::bytes"
 TMA_STORE = "global.shared::cta.bulk_group"
+
+
+def checks(specialised: bool) -> tuple[str, ...]:
+    """Triton gives both consumers of a specialised kernel the whole tile if it has 64 rows: they
+    write the same bytes twice, by the letter a race; test_triton_broken.py has it.
+    """
+    return ("memory",) if specialised else CHECKS
 
 
 @pytest.mark.parametrize("delivery", DELIVERIES)
@@ -144,7 +151,8 @@ class Tiling:
         upload = kernel.device.upload
         right = upload(np.ascontiguousarray(b.T) if self.transposed else b)
         grid = (-(-m // self.tile[0]), -(-n // self.tile[1]))
-        kernel(grid, Descriptor(upload(a)), Descriptor(right), Descriptor(c), k, delivery=delivery)
+        maps = Descriptor(upload(a)), Descriptor(right), Descriptor(c)
+        kernel(grid, *maps, k, delivery=delivery, checks=checks(self.specialised))
         assert np.array_equal(c.get(), product(a, b, self.out))
 
 
@@ -197,7 +205,7 @@ def test_persistent_matmul(specialised: bool, flat: bool, delivery: str) -> None
     c = kernel.device.alloc((m, n), DTYPES["bf16"])
     maps = [Descriptor(x) for x in (kernel.device.upload(a), kernel.device.upload(b), c)]
     # 9 tiles: one block has 5.
-    kernel(2, *maps, m, n, k, delivery=delivery)
+    kernel(2, *maps, m, n, k, delivery=delivery, checks=checks(specialised))
     assert np.array_equal(c.get(), product(a, b.T, "bf16"))
 
 
@@ -274,6 +282,7 @@ def test_attention_through_tensor_maps(specialised: bool, delivery: str) -> None
     q, k, v = (random.standard_normal((2, t, d)).astype(DTYPES["bf16"]) for _ in range(3))
     o = kernel.device.alloc((2 * t, d), np.float32)
     maps = [Descriptor(kernel.device.upload(x.reshape(2 * t, d))) for x in (q, k, v)]
-    kernel((t // rows, 2), *maps, Descriptor(o), t, scale, delivery=delivery)
+    given = (*maps, Descriptor(o), t, scale)
+    kernel((t // rows, 2), *given, delivery=delivery, checks=checks(specialised))
     expected, size = attention(q, k, v, scale, causal=False)
     assert (np.abs(o.get().reshape(2, t, d) - expected) <= 1.01 * 2.0**-8 * size).all()

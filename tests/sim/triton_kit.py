@@ -131,6 +131,23 @@ class Compiled:
         made._load(self.device.target)
         return made
 
+    def with_single_stores(self) -> Compiled:
+        """The kernel, on a new device, with thread 0 alone storing constants to shared memory.
+
+        All threads store what the workers of a specialised kernel are to do: the same bytes, but
+        by the letter a race.
+        """
+        store = r"^\s*(st\.shared\S*\s+\[global_smem\+\d+\], (?:\{[\d, -]+\}|-?\d+);)"
+        alone = (
+            r"{.reg .pred first; .reg .b32 me; mov.u32 me, %tid.x; setp.eq.u32 first, me, 0; "
+            r"@first \1}"
+        )
+        made = copy(self)
+        made.ptx, found = re.subn(store, alone, self.ptx, flags=re.M)
+        assert found
+        made._load(self.device.target)
+        return made
+
     def __call__(self, grid: int | Sequence[int], *args: Any, **options: Any) -> sim.Launch:
         """Launch with all checks; as in Triton, the grid counts clusters."""
         x, y, z = (*((grid,) if isinstance(grid, int) else grid), 1, 1)[:3]
