@@ -60,7 +60,7 @@ def run(kernel: Compiled, delivery: str, **how: Any) -> None:
     assert np.array_equal(c.get(), product(a, b, "bf16" if maps else "fp32"))
 
 
-@pytest.mark.parametrize("delivery", DELIVERIES)
+@pytest.mark.parametrize("delivery", ["eager", "late"])
 @pytest.mark.parametrize(
     ("instruction", "which", "error"),
     [
@@ -82,7 +82,7 @@ def test_pointers(instruction: str, which: int, error: type[KernelError], delive
         run(kernel.without(instruction, which), delivery)
 
 
-@pytest.mark.parametrize("delivery", DELIVERIES)
+@pytest.mark.parametrize("delivery", ["eager", "late"])
 @pytest.mark.parametrize(
     ("instruction", "which", "error"),
     [
