@@ -57,7 +57,7 @@ class Transfer:
     Attributes:
         gid: the lane.
         barriers: the instruction's way to mbarriers, or None for a copy that a group tracks.
-        source: what it reads.
+        source: what it reads; None for a store, whose data are there from the start.
         nbytes: what it counts on each mbarrier.
         agent, stamp: what the race detector calls the reads.
         group: the lane's bulk group that it is in, counted from 0.
@@ -67,7 +67,7 @@ class Transfer:
 
     gid: int
     barriers: Barriers | None
-    source: Words
+    source: Words | None
     targets: list[Target]
     nbytes: int
     agent: int = 0
@@ -208,6 +208,7 @@ class Bulk:
 
     def _read(self, transfer: Transfer) -> None:
         if transfer.data is None:
+            assert transfer.source is not None
             transfer.data = transfer.source.read()
 
     def _land(self, transfer: Transfer) -> None:

@@ -117,11 +117,15 @@ class RegisterPool:
         self.wave.version += 1
 
     def _follow(self, ins: Instruction, warp: int) -> None:
-        """All warps of a warpgroup must execute the same setmaxnreg, in step."""
+        """All warps of a warpgroup must execute the same setmaxnreg, in step.
+
+        The same is: with the same direction and number. Where roles are split by warps a compiler
+        may give each of them a copy of the instruction.
+        """
         number = int(self._count[warp])
         group = self._group(warp)
         executed = self._executed.setdefault(group.start, [])
-        if number < len(executed) and executed[number] is not ins:
+        if number < len(executed) and not _same(executed[number], ins):
             raise self._apart(
                 ins,
                 warp,
@@ -182,3 +186,8 @@ class RegisterPool:
             f"of {self.owned[warp]}, and its block has {self.free[warp // self.warps_per_block]} "
             "free"
         )
+
+
+def _same(one: Instruction, other: Instruction) -> bool:
+    """Whether two places of a program ask for the same: compilers copy the instruction."""
+    return one.modifiers == other.modifiers and one.operands == other.operands

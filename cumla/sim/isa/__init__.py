@@ -24,6 +24,7 @@ FAMILIES = (
     "mma",
     "wgmma",
     "async_copy",
+    "async_store",
     "tensormap",
     "mbarrier",
     "cluster",

@@ -22,10 +22,10 @@ Array = NDArray[Any]
 
 CHUNK = 16
 RACE_WORD = 4  # the narrowest access that the race detector is told of
-# Names of queues: for copies that an mbarrier counts, one by its offset; for those in groups, two
-# of each lane, as reads are known before writes.
+# Names of queues: for copies that an mbarrier counts, one by its offset, and one for stores that it
+# counts; for copies in groups, two of each lane, as reads are known before writes.
 AGENTS = 1 << 60
-COUNTED, READS, WRITES = range(3)
+COUNTED, READS, WRITES, STORES = range(4)
 
 
 def told(env: Env) -> bool:
@@ -132,6 +132,7 @@ def tell(
         written: what each of the transfer's targets writes.
         kind: "atomic" for a reduction.
     """
+    assert transfer.source is not None
     if env.count:
         c.wave.counters.bulk(ins, transfer.source, written)
     if not env.check_race:
@@ -139,14 +140,14 @@ def tell(
     gid, barrier = transfer.gid, transfer.targets[0].barrier
     # Copies that complete on one mbarrier, or in the groups of one lane, do so in order.
     grouped = barrier == NO_BARRIER
-    transfer.agent = _agent(gid if grouped else barrier, READS if grouped else COUNTED)
+    transfer.agent = queue(gid if grouped else barrier, READS if grouped else COUNTED)
     transfer.stamp = _tell_race(ins, c, gid, transfer.agent, transfer.source, "read")
     for target, words in zip(transfer.targets, written, strict=True):
-        target.agent = _agent(gid if grouped else target.barrier, WRITES if grouped else COUNTED)
+        target.agent = queue(gid if grouped else target.barrier, WRITES if grouped else COUNTED)
         target.stamp = _tell_race(ins, c, gid, target.agent, words, kind)
 
 
-def _agent(number: int, kind: int) -> int:
+def queue(number: int, kind: int) -> int:
     """The race detector's name for what does the work: unlike all keys of mbarriers' phases."""
     return AGENTS | number << 2 | kind
 

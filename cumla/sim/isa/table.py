@@ -143,9 +143,12 @@ def lookup(ins: Instruction) -> Specialise:
     """The function that knows an instruction, or Unsupported.
 
     "opcode.type", with the last modifier as the type, is looked for before "opcode": `add.f32` and
-    `add.s32` are in different families.
+    `add.s32` are in different families. So is "opcode.async", of `st` and `red`.
     """
     if ins.modifiers:
+        asynchronous = TABLE.get(f"{ins.opcode}.async")
+        if asynchronous is not None and ins.modifiers[0] == "async":
+            return asynchronous
         typed = TABLE.get(f"{ins.opcode}.{ins.modifiers[-1]}")
         if typed is not None:
             return typed
