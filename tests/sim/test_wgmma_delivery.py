@@ -8,8 +8,8 @@ import pytest
 from cumla import sim
 from cumla.sim.race import RaceDetector
 from cumla.sim.warpgroups import Operation, Warpgroups
-from sim.test_wgmma_registers import fragments, image, launch, products
 from sim.waves import Bound, cohort, make_wave
+from sim.wgmma_programs import fragments, image, launch, products
 
 # B of step 0 is overwritten with that of step 1 before the wait, by a thread that need not wait.
 OVERWRITTEN = """

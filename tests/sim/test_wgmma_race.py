@@ -7,7 +7,7 @@ import pytest
 
 from cumla import sim
 from sim.kernel_files import DELIVERIES
-from sim.test_wgmma_registers import fragments, launch, marked, products
+from sim.wgmma_programs import fragments, launch, marked, products
 
 STORE = """((unsigned*)dyn)[512 * steps + threadIdx.x % 64] = 0;"""
 
