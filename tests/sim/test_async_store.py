@@ -131,7 +131,7 @@ def test_reductions(kind: str, ufunc: Any, delivery: str) -> None:
     x = np.random.default_rng(1).integers(-(2**31) * ("s32" in kind), 2**31, 64).astype(dtype)
     start = dtype(12345)
     _, out = run(loaded, "reduce", 2, 32, x, Empty(1, dtype), start, cluster=2, delivery=delivery)
-    assert out[0] == ufunc.reduce(x, initial=start)
+    assert out[0] == ufunc.reduce(x, initial=start, dtype=dtype)
 
 
 @pytest.mark.parametrize("delivery", DELIVERIES)
