@@ -55,6 +55,14 @@ def row_bytes(m: TensorMap) -> int:
     return counts(m)[0] * unit_bytes(m)
 
 
+def row_pitch(m: TensorMap) -> int:
+    """Bytes from a row of a box to the next in shared memory.
+
+    Rows narrower than the span of the swizzle are padded to it, but not those of slices.
+    """
+    return max(row_bytes(m), SWIZZLES[m.swizzle][0] if m.interleave == "none" else 0)
+
+
 def box_bytes(m: TensorMap) -> int:
     """Bytes that a copy of the box moves, those out of bounds included: what an mbarrier counts."""
     return prod(counts(m)) * unit_bytes(m)
@@ -80,8 +88,7 @@ def piece_bytes(m: TensorMap) -> int:
 
 @lru_cache(maxsize=256)
 def _shared_offsets(m: TensorMap, phase: int) -> Array:
-    inner = row_bytes(m)
-    pitch = max(inner, SWIZZLES[m.swizzle][0])
+    inner, pitch = row_bytes(m), row_pitch(m)
     rows = np.arange(prod(counts(m)[1:]), dtype=np.int64) * pitch
     pieces = np.arange(0, inner, piece_bytes(m))
     address = phase + (rows[:, None] + pieces).reshape(-1)
@@ -93,8 +100,6 @@ def _shared_offsets(m: TensorMap, phase: int) -> Array:
 def shared_offsets(m: TensorMap, address: int) -> Array:
     """Where the pieces of a box at a shared address lie, in the order of the box.
 
-    Rows narrower than the span of the swizzle are padded to it.
-
     Returns:
         [box_bytes / piece_bytes] int64: offsets from the address, of `piece_bytes` each.
     """
@@ -103,8 +108,7 @@ def shared_offsets(m: TensorMap, address: int) -> Array:
 
 def shared_extent(m: TensorMap) -> int:
     """Bytes of shared memory from the box's address on that it may touch."""
-    pitch = max(row_bytes(m), SWIZZLES[m.swizzle][0])
-    return prod(counts(m)[1:]) * pitch
+    return prod(counts(m)[1:]) * row_pitch(m)
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,7 +52,7 @@ def units(m: sim.TensorMap, start: tuple[int, ...], shared: int):
     if sliced:
         axes[-2] = range(1)
     pitch = len(axes[0]) * size
-    if m.swizzle != "none":
+    if m.swizzle != "none" and not sliced:
         pitch = max(pitch, SPANS.get(m.swizzle, 128))
     strides = (size, *m.global_strides)
     for row, outer in enumerate(product(*axes[:0:-1])):
@@ -82,12 +82,13 @@ def random_map(rng, base, memory_bytes, *, rank=None, swizzles=PLAIN, types=None
         kind = rng.choice(types or ["uint8", "uint16", "int32", "uint64", "bfloat16", "float64"])
         r = int(rank or rng.integers(1, 6))
         interleave = "none" if r < 3 else str(rng.choice(["none", "none", "16B", "32B"]))
-        swizzle = "32B" if interleave == "32B" else str(rng.choice(swizzles))
+        swizzle = str(rng.choice(swizzles))
         itemsize = sim.tensor_map(1 << 20, data_type=kind, global_dim=[64], box_dim=[16]).itemsize
         sliced = INTERLEAVES[interleave]
         unit = 32 if sliced == 32 else 16
         dims = [int(n) for n in rng.integers(1, [64, 12, 8, 6, 4][:r])]
         box = [int(n) for n in rng.integers(1, [20, 6, 5, 4, 3][:r])]
+        box[0] = -(-box[0] * itemsize // 16) * 16 // itemsize
         if not sliced:
             limit = {"none": 96, "32B": 32, "64B": 64}.get(swizzle, 128)
             box[0] = int(rng.integers(1, limit // 16 + 1)) * 16 // itemsize
@@ -109,6 +110,7 @@ def random_map(rng, base, memory_bytes, *, rank=None, swizzles=PLAIN, types=None
                 interleave=interleave,
                 swizzle=swizzle,
                 oob_fill="nan_request_zero_fma" if floats and rng.random() < 0.5 else "none",
+                target="sm_100a",
             )
 
 

@@ -238,8 +238,7 @@ def reduce_bulk(ins: Instruction, env: Env) -> Op:
     if kind not in REDUCTIONS[to].get(op, ()) or noftz != ["noftz"] * halves:
         raise Unsupported(f"form {ins.name!r}")
     _operands(ins, 4 if counted else 3 + hinted)
-    flush = op == "add" and kind == "f32"
-    change = reducer(op, kind, flush)
+    change = reducer(op, kind)
     taken = Place(ins, env, "shared::cta", "read", CHUNK)
     width = element_dtype(kind).itemsize
     place = Place(ins, env, to, "atomic", CHUNK) if counted else None
@@ -278,9 +277,12 @@ def reduce_bulk(ins: Instruction, env: Env) -> Op:
     return Op(run, kinds, cohort=True)
 
 
-def reducer(op: str, kind: str, flush: bool) -> Callable[[Words, Array], None]:
-    """A function that reduces the words of a destination by what was read, of any width."""
-    update, elements = atomic(op, kind, False, flush), element_dtype(kind)
+def reducer(op: str, kind: str) -> Callable[[Words, Array], None]:
+    """A function that reduces the words of a destination by what was read, of any width.
+
+    PTX ISA says that .add.f32 flushes subnormals; an H200 keeps them.
+    """
+    update, elements = atomic(op, kind, False, False), element_dtype(kind)
 
     def change(target: Words, data: Array) -> None:
         target.update(update, elements, np.ascontiguousarray(data).view(elements).reshape(-1))
