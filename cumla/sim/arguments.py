@@ -54,7 +54,7 @@ def _encode(name: str, parameter: Variable, value: Any) -> bytes:
     else:
         raise LaunchError(
             f"{name}: got a {type(value).__name__} for a parameter of type .{parameter.type}; pass "
-            "a device array (Device.upload), a NumPy scalar, a Python number or bytes"
+            "a device array (Device.upload), a NumPy scalar, a Python number, a tensor map or bytes"
         )
     if len(data) != parameter.size:
         raise LaunchError(

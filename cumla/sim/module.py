@@ -126,7 +126,8 @@ class Kernel:
         Args:
             grid, block: numbers of blocks and threads, an int or up to three of them.
             args: one value for each parameter: a device array (its address is passed), a NumPy
-                scalar, a Python number, or raw bytes for a struct passed by value.
+                scalar, a Python number, a tensor map (`tensor_map`), or raw bytes for another
+                struct passed by value.
             shared_bytes: dynamic shared memory of a block.
             checks: of "memory" (bounds, alignment, freed, read-only and unwritten bytes) and
                 "race".

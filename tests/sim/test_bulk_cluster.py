@@ -78,6 +78,18 @@ def test_multicast_beyond_the_cluster():
                128, cluster=4)  # fmt: skip
 
 
+def test_multicast_to_a_block_that_has_ended():
+    source = MULTICAST.replace("    if (threadIdx.x == 0) {\n        u32 mine", """
+    if (r == 2) return;
+    meet();
+    if (threadIdx.x == 0) {
+        u32 mine""").replace("    meet();\n}", "}")  # fmt: skip
+    x = np.zeros(128, np.uint32)
+    with pytest.raises(sim.KernelTrap, match="block of rank 2, which has exited"):
+        launch(source, 4, 32, x, np.zeros(512, np.uint32), np.array([15, 1, 1, 1], np.uint32), 128,
+               cluster=4)  # fmt: skip
+
+
 def test_a_block_that_got_too_little_waits_for_ever():
     x = np.zeros(128, np.uint32)
     with pytest.raises(sim.Deadlock, match="bytes missing"):

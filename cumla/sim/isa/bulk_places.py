@@ -111,11 +111,14 @@ def multicast(
             wave.where(ins, int(c.gids[lane])),
         )
     first = int(c.slots[lane]) // size * size
-    return [
-        ((first + rank) * stride + offset % stride, (first + rank) * stride + barrier % stride)
-        for rank in range(size)
-        if mask >> rank & 1
-    ]
+    slots = [first + rank for rank in range(size) if mask >> rank & 1]
+    if slots and not (alive := wave.slot_alive(np.array(slots))).all():
+        raise KernelTrap(
+            f"multicast to the block of rank {slots[int(np.argmin(alive))] - first}, which has "
+            "exited",
+            wave.where(ins, int(c.gids[lane])),
+        )
+    return [(slot * stride + offset % stride, slot * stride + barrier % stride) for slot in slots]
 
 
 def tell(
