@@ -4,8 +4,8 @@ PTX ISA "Data Movement: Asynchronous copy", "Completion mechanisms". A copy to s
 its bytes on an mbarrier when it has landed. A copy to global memory belongs to the bulk group that
 its thread commits next; the thread waits for all groups but its newest N, or, with .read, only
 until their sources have been read. Between issue and wait a copy reads and writes at any time, so
-`delivery` chooses when: "eager" at issue; "late" when somebody waits for it, or at the end of the
-block that gives the source back; "random" somewhere in between. Addresses were checked at issue.
+`delivery` chooses when: "eager" at issue; "late" when somebody waits for it, or at the end of all
+blocks; "random" somewhere in between. Addresses were checked at issue.
 """
 
 from __future__ import annotations
@@ -167,19 +167,10 @@ class Bulk:
                 self._land(transfer)
 
     def lanes_exited(self) -> None:
-        """Blocks whose lanes have all ended give their shared memory back."""
-        if not self._stores and not self._loads:
-            return
-        wave = self.wave
-        over = ~wave.slot_alive(np.arange(wave.slots))
-        for gid, transfers in self._stores.items():
-            if over[gid // wave.lanes_per_block]:
-                for transfer in transfers:
-                    self._read(transfer)
-        # Nobody can wait for what lands in a block that has ended.
-        self._loads = [
-            t for t in self._loads if not all(over[target.block] for target in t.targets)
-        ]
+        """Nobody can wait for what lands in a block whose lanes have all ended."""
+        if self._loads:
+            alive = self.wave.slot_alive(np.arange(self.wave.slots))
+            self._loads = [t for t in self._loads if any(alive[x.block] for x in t.targets)]
 
     def finish(self) -> None:
         """The wave has ended: what nobody waited for is written now."""

@@ -314,7 +314,10 @@ class Found:
             f"mbarrier at shared {at:#x} phase {self.phases[0]}: "
             f"{self.pending[0]} of {self.expected[0]} arrivals missing"
         )
-        return text + (f", {self.tx[0]} bytes missing" if self.tx[0] else "")
+        tx = int(self.tx[0])
+        if tx:
+            text += f", {tx} bytes missing" if tx > 0 else f", {-tx} bytes more than expected"
+        return text
 
     def _must_not(self, bad: Array, message: str) -> None:
         """KernelTrap for the first barrier where `bad`; `{at}` in the message is its address."""

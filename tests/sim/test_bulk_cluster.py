@@ -71,6 +71,18 @@ def test_multicast(delivery, masks):
             assert (out[:, block, part] == wanted).all()
 
 
+def test_who_got_a_multicast_knows_that_it_was_read():
+    """Any of the blocks may change the source afterwards, once it has waited."""
+    source = MULTICAST.replace("    meet();\n}", "    if (r == 2) ((u32*)in)[threadIdx.x] = 1;\n"
+                               "    meet();\n}")  # fmt: skip
+    x = np.zeros(128, np.uint32)
+    args = (x, np.zeros(512, np.uint32), np.array([15, 0, 0, 0], np.uint32), 128)
+    launch(source, 4, 32, *args, cluster=4, checks=BOTH)
+    with pytest.raises(sim.RaceError, match="asynchronous read"):
+        launch(source.replace("wait(&bar, 0);", "if (r != 2) wait(&bar, 0);"), 4, 32, *args,
+               cluster=4, checks=BOTH)  # fmt: skip
+
+
 def test_multicast_beyond_the_cluster():
     x = np.zeros(128, np.uint32)
     with pytest.raises(sim.KernelTrap, match="blocks 0x0010 of a cluster of 4"):

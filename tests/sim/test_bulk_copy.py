@@ -239,6 +239,16 @@ def test_without_checks_memory_still_ends():
                checks=())  # fmt: skip
 
 
+def test_what_unchecked_copies_write_counts_as_written():
+    """Of a launch without the memory check nothing is known, so all may be written."""
+    device = sim.Device("sm_90a", memory_bytes=1 << 20)
+    middle = device.alloc(256, np.uint32)
+    x = np.arange(256, dtype=np.uint32)
+    launch(ROUND_TRIP, 1, 128, x, middle, device=device, checks=())
+    *_, out = launch(ROUND_TRIP, 1, 128, middle, 0 * x, device=device)
+    assert np.array_equal(out, 4 * x)
+
+
 def test_counters():
     x = np.arange(1024, dtype=np.uint32)
     device = sim.Device("sm_90a", memory_bytes=1 << 20)

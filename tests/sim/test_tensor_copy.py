@@ -160,8 +160,8 @@ def ptx(rank):
 class Runner:
     """A device with `memory_bytes` of tensor, and the kernels of a rank."""
 
-    def __init__(self, memory):
-        self.device = sim.Device("sm_90a", memory_bytes=1 << 24)
+    def __init__(self, memory, target="sm_90a"):
+        self.device = sim.Device(target, memory_bytes=1 << 24)
         self.array = self.device.upload(memory, name="tensor")
         self.base = self.array.address
 
@@ -366,7 +366,9 @@ def test_stores_do_not_begin_before_the_tensor():
 
 
 @pytest.mark.parametrize("delivery", DELIVERIES)
-@pytest.mark.parametrize(("bytes_off", "missing"), [(16, "16 bytes missing"), (-16, "missing")])
+@pytest.mark.parametrize(
+    ("bytes_off", "missing"), [(16, " 16 bytes missing"), (-16, " 16 bytes more than expected")]
+)
 def test_wrong_bytes_expected(delivery, bytes_off, missing):
     """Too many: nobody ever arrives. Too few: the phase never gets back to zero."""
     runner = Runner(np.zeros((16, 32), np.float32))
