@@ -62,6 +62,17 @@ def test_a_clean_run_prints_what_changed(file: Path) -> None:
     assert "no errors found (checks: memory, race)" in result.output
 
 
+def test_clusters(tmp_path: Path) -> None:
+    path = tmp_path / "cluster.cu"
+    path.write_text("""extern "C" __global__ void k(unsigned* x) {
+        asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(x[blockIdx.x]));
+    }""")
+    arguments = ("--grid", 4, "--block", 1, "--cluster", "2,1", "--arg", "u32[4]=unwritten")
+    result = call("run", path, "--kernel", "k", *arguments)
+    assert result.exit_code == 0, result.output
+    assert "changed: 2 2 2 2" in result.output
+
+
 def test_counters_json_and_profile(file: Path, tmp_path: Path) -> None:
     counts, first, second = (tmp_path / n for n in ("c.json", "a.html", "b.html"))
     result = run_scale(file, "--counters", "--json", counts, "--profile", first)
@@ -102,6 +113,7 @@ def test_arguments_of_all_kinds(tmp_path: Path) -> None:
         (("--arg", "five"), "give f32"),
         (("--arg", "7"), "got 4 values; scale has 3 parameters"),
         (("--grid", "a"), "one to three numbers"),
+        (("--cluster", "2"), "the grid (5, 1, 1) must be multiples"),
         (("--check", "speed"), "checks: got"),
         (("--kernel", "other"), "kernel: got 'other'; the module has scale"),
         (("--target", "sm_12"), "target"),

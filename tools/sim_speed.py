@@ -1,15 +1,17 @@
-"""How fast the simulator runs: an elementwise kernel and an mma.sync GEMM, few warps and many.
+"""How fast the simulator runs: an elementwise kernel, an mma.sync GEMM, a warp-specialised GEMM.
 
     python tools/sim_speed.py [--checks memory,race] [--repeats N]
 
 Prints millions of lane-instructions a second (the threads of every instruction that ran), and the
-seconds that a bf16 GEMM of 512^3 takes. Results are compared with NumPy first.
+seconds that a launch takes. Results are compared with NumPy first. The warp-specialised GEMM, of
+TMA, mbarriers and wgmma, is that of tests/sim/kernels/hopper_gemm.cu.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import click
 import ml_dtypes
@@ -104,6 +106,9 @@ gemm(const char* A, const char* B, float* C, int M, int N, int K) {
 }
 """
 GEMM_SHARED = 3 * 2 * 64 * 128
+HOPPER = Path(__file__).resolve().parents[1] / "tests" / "sim" / "kernels"
+HOPPER_STAGES = 4
+HOPPER_SHARED = HOPPER_STAGES * 2 * 128 * 128 + 128 * 128 * 4 + 1024
 
 
 def elementwise(device: sim.Device, warps: int, rounds: int) -> Callable[..., sim.Launch]:
@@ -141,6 +146,39 @@ def gemm(device: sim.Device, m: int, n: int, k: int) -> Callable[..., sim.Launch
     return launch
 
 
+def hopper_gemm(device: sim.Device, size: int) -> Callable[..., sim.Launch]:
+    """A checked launch of the warp-specialised GEMM, size^3."""
+    source = (HOPPER / "hopper_gemm.cu").read_text()
+    options = ["-lineinfo", "--std=c++17", f"-DSTAGES={HOPPER_STAGES}", f"-I{HOPPER}"]
+    ptx = nvrtc.compile_to_ptx(source, "hopper_gemm.cu", "sm_90a", options)
+    kernel = device.load(ptx).kernel("gemm_f32")
+    random = np.random.default_rng(0)
+    a, b = (random.standard_normal((size, size)).astype(ml_dtypes.bfloat16) for _ in range(2))
+    on_device = [device.upload(x.view(np.uint16)) for x in (a, b)]
+    c = device.alloc((size, size), np.float32)
+    maps = [
+        sim.tensor_map(x, box_dim=(64, 128), data_type="bfloat16", swizzle="128B")
+        for x in on_device
+    ]
+    maps.append(sim.tensor_map(c, box_dim=(32, 64), data_type="float32", swizzle="128B"))
+
+    def launch(**options: object) -> sim.Launch:
+        # The arrays live as long as this function: a map does not keep its array.
+        assert len([*on_device, c]) == len(maps)
+        return kernel.launch(
+            (size // 128, size // 128),
+            384,
+            [*maps, size // 64],
+            shared_bytes=HOPPER_SHARED,
+            **options,
+        )
+
+    launch(checks=())
+    expected = a.astype(np.float32) @ b.astype(np.float32).T
+    np.testing.assert_allclose(c.get(), expected, rtol=1e-4, atol=1e-3)
+    return launch
+
+
 def measure(launch: Callable[..., sim.Launch], checks: tuple[str, ...], repeats: int) -> float:
     """The best seconds of a launch."""
     best = float("inf")
@@ -166,6 +204,8 @@ def main(checks: str, repeats: int, target: str) -> None:
         ("mma.sync GEMM, 1024 warps (1024x1024x256)", gemm(device, 1024, 1024, 256)),
         ("mma.sync GEMM, 512^3", gemm(device, 512, 512, 512)),
     ]
+    if device.target == "sm_90a":
+        cases.append(("warp-specialised wgmma GEMM, 512^3", hopper_gemm(device, 512)))
     for name, launch in cases:
         counted = launch(checks=(), counters=True).counters
         assert counted is not None

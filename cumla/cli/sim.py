@@ -119,6 +119,7 @@ def parse_size(text: str) -> tuple[int, ...]:
 @click.option("--grid", default="1", show_default=True, help="Blocks, e.g. 4 or 8,2.")
 @click.option("--block", default="32", show_default=True, help="Threads of a block.")
 @click.option("--arg", "args", multiple=True, help="An argument of the kernel, in order.")
+@click.option("--cluster", help="Blocks of a cluster, e.g. 2 or 2,1.")
 @click.option("--shared", default=0, help="Bytes of dynamic shared memory.")
 @click.option("--target", default="sm_90a", show_default=True, help="GPU to compile for.")
 @click.option("--check", default="memory,race", show_default=True, help="Checks, or none.")
@@ -136,6 +137,7 @@ def run(
     grid: str,
     block: str,
     args: tuple[str, ...],
+    cluster: str | None,
     shared: int,
     target: str,
     check: str,
@@ -175,6 +177,7 @@ def run(
             counters=counters or json_file is not None or profile is not None,
             delivery=delivery,
             seed=seed,
+            cluster=None if cluster is None else parse_size(cluster),
         )
     except (sim.SimError, nvrtc.CompileError, ValueError) as error:
         raise click.ClickException(str(error)) from error
