@@ -32,16 +32,24 @@ def test_the_numpy_example_runs_as_pasted(capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().out.strip() == promised
 
 
-def test_the_simulator_example_runs_as_pasted(capsys: pytest.CaptureFixture[str]) -> None:
-    chapter = README.read_text().split("## Debugging a kernel on the CPU\n")[1]
-    block = chapter.split("```python\n")[1].split("```")[0]
-    exec(compile(block, "README.md", "exec"), {})
-    first, second = capsys.readouterr().out.strip().splitlines()
-    promised = chapter.split("prints")[1].split("```\n")[1].splitlines()
-    assert first == promised[0]
-    assert second.startswith(promised[1].partition(" at offset")[0])
-    assert "reverse.cu:4" in second
-    assert "reverse.cu:6" in second
+def test_the_simulator_examples_run_as_pasted(capsys: pytest.CaptureFixture[str]) -> None:
+    chapter = README.read_text().split("## Debugging a kernel on the CPU\n")[1].split("\n## ")[0]
+    blocks = [part.split("```")[0] for part in chapter.split("```python\n")[1:]]
+    promises = [part.split("```\n")[1].splitlines() for part in chapter.split("prints\n")[1:]]
+    names: dict[str, Any] = {}
+    for block, promised, lines in zip(
+        blocks,
+        promises,
+        (("reverse.cu:4", "reverse.cu:6"), ("twice.cu:4", "twice.cu:11")),
+        strict=True,
+    ):
+        exec(compile(block, "README.md", "exec"), names)
+        first, second = capsys.readouterr().out.strip().splitlines()
+        assert first == promised[0]
+        assert second.startswith(promised[1].partition(" at offset")[0])
+        assert all(line in second for line in lines)
+    said = chapter.split("and then `")[1].split("`")[0].replace("\n", " ")
+    assert said.partition(" at twice.cu:11")[2] in second
 
 
 def test_environment_variables_are_those_of_the_code() -> None:
