@@ -167,3 +167,24 @@ def test_zeros_in_the_place_of_sources(form, delivery):
     if form == "SIZE":
         expected[n, 3] = 0
     assert np.array_equal(out.get(), expected)
+
+
+def test_a_wait_that_is_not_repeated_is_found_by_random_delivery():
+    """try_wait may return before the phase is complete; the kernel must ask again."""
+    source = SOURCE.replace("bra L; D:", "D:")
+    assert source != SOURCE
+    module = cuda.load(source)
+    x = module.device.upload(np.zeros((3, 7, 128), np.float32))
+    out = module.device.alloc((3, 128), np.float32)
+
+    def launch(**how):
+        module.kernel("barriers").launch(3, 160, [x, out, 7], checks=("race",), **how)
+
+    launch()
+    found = 0
+    for seed in range(5):
+        try:
+            launch(delivery="random", seed=seed)
+        except sim.RaceError:
+            found += 1
+    assert found >= 3

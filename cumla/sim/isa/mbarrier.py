@@ -27,6 +27,8 @@ NO_STATE = np.zeros(1, np.uint64)
 OWN = {"shared", "shared::cta"}
 ANY = OWN | {CLUSTER}
 SCOPES = {"cta", "cluster"}
+# With random delivery, the chance of a try_wait not to wait.
+GIVES_UP = 0.2
 
 
 @instruction("mbarrier")
@@ -161,7 +163,9 @@ def _wait(ins: Instruction, env: Env) -> Op:
     """mbarrier.test_wait and mbarrier.try_wait.
 
     {.sem.scope}{.shared{::cta}}.b64 done, [addr], state; likewise .parity with a phaseParity;
-    try_wait may have a last operand, the time in ns after which it gives up.
+    try_wait may have a last operand, the time in ns after which it gives up. When that is the
+    system decides without it, so that programs must look at `done`: with random delivery it gives
+    up now and then for no reason.
     """
     blocks = ins.modifiers[0] == "try_wait"
     found = _parse(ins, OWN, {"acquire", "relaxed"}, SCOPES, {"parity"})
@@ -169,6 +173,7 @@ def _wait(ins: Instruction, env: Env) -> Op:
     words, scope = _words(ins, env, found), _scope(found)
     acquires = "relaxed" not in found
     test = _by_parity if "parity" in found else _by_state
+    impatient = env.delivery == "random"
 
     def run(c: Cohort, address: Array, wanted: Array, hint: Any = None) -> Array:
         barriers = words.find(c, address)
@@ -186,7 +191,7 @@ def _wait(ins: Instruction, env: Env) -> Op:
         return done
 
     def ready(c: Cohort, address: Array, wanted: Array, hint: Any = None) -> Any:
-        if c.wave.expired:
+        if c.wave.expired or (impatient and c.wave.rng.random() < GIVES_UP):
             return True
         done = test(words, words.find(c, address), wanted)
         return True if done.all() else done
