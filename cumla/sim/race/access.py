@@ -12,12 +12,11 @@ from __future__ import annotations
 import numpy as np
 
 from cumla.sim.cohort import Array
-from cumla.sim.race.clocks import Clocks
-from cumla.sim.race.fences import ProxyFences
 from cumla.sim.race.lanes import Lanes
 from cumla.sim.race.layout import SPECIAL, SPLIT
 from cumla.sim.race.log import ends
 from cumla.sim.race.observed import Observations
+from cumla.sim.race.past import Past
 from cumla.sim.race.report import Reports, Site
 from cumla.sim.race.shadow import Level, Shadow
 
@@ -76,15 +75,12 @@ class Accesses:
     broadcasts to either.
     """
 
-    def __init__(
-        self, clocks: Clocks, proxy: ProxyFences, reports: Reports, stride: int, start: int
-    ) -> None:
+    def __init__(self, past: Past, reports: Reports, stride: int, start: int) -> None:
         """stride, start: bytes from a block's shared memory to the next, and before its own."""
         self.layout = reports.layout
-        self.clocks = clocks
+        self.past = past
         self.reports = reports
-        self.observations = Observations(self.layout, clocks, reports.history)
-        self.proxy = proxy
+        self.observations = Observations(past, reports.history)
         self.stride = stride
         self.start = start
 
@@ -228,9 +224,9 @@ class Accesses:
         if _count(many) or _count(pending):
             bad = pending & ~many
             rest = (~many & ~bad).nonzero()[0]
-            bad[rest] = self._unknown(states[rest], gids[rest], step)
+            bad[rest] = self.past.unknown(states[rest], gids[rest], step.proxy)
         else:
-            bad = self._unknown(states, gids, step)
+            bad = self.past.unknown(states, gids, step.proxy)
         if not (_count(bad) or _count(many)):
             return
         threads, cells = step.lanes.threads[lane], cells.reshape(-1)[at]
@@ -238,46 +234,11 @@ class Accesses:
             self._report(level, cells[bad], states[bad], gids[bad], threads[bad], step)
         if ended is not None and _count(many):
             noted = step.shadow.reads_by_warp(level, cells[many])
-            many[many] = ~self._known_by_warps(noted, gids[many], ended[many])
+            many[many] = ~self.past.known_by_warps(noted, gids[many], ended[many])
         if _count(many):
             if ended is not None:
                 ended = ended[many]
             self._consult(level, cells[many], gids[many], threads[many], step, ended)
-
-    def _unknown(self, states: Array, gids: Array, step: Step) -> Array:
-        """Whether each lane does not know the one access that left each state."""
-        threads = states & self.layout.threads
-        stamps = (states & self.layout.stamps) >> self.layout.stamp_shift
-        unknown = ~self.clocks.known(gids, threads, stamps)
-        if step.proxy:
-            unknown |= self._unfenced(states, gids, step)
-        return unknown
-
-    def _unfenced(self, states: Array, gids: Array, step: Step) -> Array:
-        """Which states are writes of threads that no proxy fence made known to the lanes' copies.
-
-        PTX ISA "Causality order": operations through different proxies are ordered only with a
-        proxy fence along the way from one to the other. That reads come before later copies into
-        the same memory takes no such fence in CUDA's own programs, so it takes none here.
-        """
-        unfenced = np.zeros(states.shape, np.bool_)
-        if not step.proxy:
-            return unfenced
-        layout = self.layout
-        local = states & layout.locals
-        generic = (local < layout.lanes) | (local >= layout.generic)
-        at = np.flatnonzero((states & layout.write != 0) & generic)
-        stamps = (states[at] & layout.stamps) >> layout.stamp_shift
-        unfenced[at] = ~self.proxy.known(gids[at], states[at] & layout.threads, stamps)
-        return unfenced
-
-    def _known_by_warps(self, noted: Array | None, gids: Array, ended: Array) -> Array:
-        """Whether each lane knows all that any warp did up to its last read, noted, of a cell."""
-        if noted is None:
-            return np.zeros(gids.shape[0], np.bool_)
-        after = ended[:, None] >> self.layout.stamp_shift
-        known: Array = (noted <= self.clocks.known_warps(gids)) | (noted <= after)
-        return np.logical_and.reduce(known, axis=1)
 
     def _exempt(self, states: Array, threads: Array, strength: int) -> Array:
         """Which accesses may be at the same time as one of this strength by these threads."""
@@ -310,7 +271,7 @@ class Accesses:
         need = ((states & layout.write) == kind) & ((states ^ mine) & layout.threads != 0)
         need &= (stamps >= last[i]) & ~self._exempt(states, mine, step.site.strength)
         i, states = i[need], states[need]
-        bad = self._unknown(states, gids[i], step)
+        bad = self.past.unknown(states, gids[i], step.proxy)
         i, states = i[bad], states[bad]
         if i.shape[0]:
             self._report(level, cells[i], states, gids[i], threads[i], step)
@@ -404,6 +365,6 @@ class Accesses:
             offsets = offsets % self.stride - self.start
         conflicts = shadow.space, offsets, level.width, states, threads, step.site
         if step.proxy:
-            self.reports.add(*conflicts, self._unfenced(states, gids, step))
+            self.reports.add(*conflicts, self.past.unfenced(states, gids))
         else:
             self.reports.add(*conflicts)

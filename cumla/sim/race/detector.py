@@ -11,10 +11,12 @@ from cumla.sim.ptx.syntax import Instruction
 from cumla.sim.race.access import Accesses, Step
 from cumla.sim.race.clocks import Clocks, Rows
 from cumla.sim.race.copies import Agents, Copy, pending
-from cumla.sim.race.lanes import Groups, Lanes, Threads
-from cumla.sim.race.layout import SPECIAL, SPLIT, Layout
+from cumla.sim.race.exits import Exits
+from cumla.sim.race.lanes import Groups, Lanes, Threads, by_key
+from cumla.sim.race.layout import SPECIAL, Layout
 from cumla.sim.race.order import MemoryOrder, Places
 from cumla.sim.race.overlap import Overlap
+from cumla.sim.race.past import Past
 from cumla.sim.race.report import History, Race, Reports, Site
 from cumla.sim.race.shadow import Shadow
 
@@ -77,9 +79,9 @@ class RaceDetector:
         # In a cluster other blocks access a block's shared memory, too.
         warps = self._layout.lanes // WARP if wave.cluster_size == 1 else 0
         self._shared = Shadow("shared", self._layout, slots * wave.shared_stride, _LOG_LIMIT, warps)
-        self._accesses = Accesses(
-            clocks, self._order.proxy, self._reports, wave.shared_stride, wave.shared_start
-        )
+        past = Past(self._layout, clocks, self._order.proxy)
+        self._accesses = Accesses(past, self._reports, wave.shared_stride, wave.shared_start)
+        self._exits = Exits(past, self._reports, wave.shared_stride, wave.shared_start)
         self._lanes: dict[int, Lanes] = {}
         self._warps_met = False
         self._log_short = _LOG_SHORT  # a shared log is not looked through before it is longer
@@ -170,38 +172,7 @@ class RaceDetector:
         lanes = self._layout.lanes
         for slot in np.unique(gids // lanes).tolist():
             if not self._wave.live[slot * lanes :][:lanes].any():
-                self._block_exited(slot, self._end)
-
-    def _block_exited(self, slot: int, end: Instruction) -> None:
-        """Find accesses to a block's shared memory that its exit may precede.
-
-        Those of other blocks, and of copies, that none of the block's threads knows of.
-        """
-        layout, lanes = self._layout, self._layout.lanes
-        stride, start = self._wave.shared_stride, self._wave.shared_start
-        gids = np.arange(slot * lanes, (slot + 1) * lanes)
-        own = int(self._threads.thread[gids[0]])
-        known = self._clocks.together(gids)
-        site = self._history.site(end, "exit", "weak", "cta")
-        self._history.begin(site)
-        for level in self._shared.words.levels():
-            width = level.width
-            at = np.arange(slot * stride // width, (slot + 1) * stride // width)
-            which, states = level.log.find(at, level.writes)
-            cells = np.concatenate([at, at, at[which]])
-            states = np.concatenate([level.writes[at], level.reads[at], states])
-            others = (states ^ own) & layout.blocks != 0
-            others |= states & layout.locals >= lanes
-            others &= (states != 0) & (states < SPLIT)
-            cells, states = cells[others], states[others]
-            threads, stamps = states & layout.threads, states & layout.stamps
-            blocks, locals_ = threads >> layout.local_bits, threads & layout.locals
-            bad = ~known.knows(blocks, locals_, stamps >> layout.stamp_shift)
-            cells, states = cells[bad], states[bad]
-            if cells.shape[0]:
-                threads = np.full(cells.shape[0], own)
-                offsets = cells * width % stride - start
-                self._reports.add("shared", offsets, width, states, threads, site)
+                self._exits.check(self._shared, slot, self._end)
 
     def warp_sync(self, cohort: Cohort, membermask: Array) -> None:
         """Lanes of one warp that are here and have the same mask meet, as in bar.warp.sync."""
@@ -339,7 +310,7 @@ class RaceDetector:
 
         keys: one for each lane, or one for all; any int64.
         """
-        groups, names = self._by_key(gids, keys)
+        groups, names = by_key(gids, keys, self._layout.lanes)
         now = self._history.now
         self._clocks.release(groups, names, now)
         for clocks in self._order.flows:
@@ -348,7 +319,7 @@ class RaceDetector:
 
     def acquire(self, gids: Array, keys: Array | int) -> None:
         """What was released into the keys happens before what the lanes do from now on."""
-        groups, names = self._by_key(gids, keys)
+        groups, names = by_key(gids, keys, self._layout.lanes)
         self._clocks.acquire(groups, names)
         self._order.changes += 1
         for clocks in self._order.flows:
@@ -360,17 +331,6 @@ class RaceDetector:
             self._agents.forget(key)
             for clocks in (self._clocks, *self._order.flows):
                 clocks.forget(key)
-
-    def _by_key(self, gids: Array, keys: Array | int) -> tuple[Groups, list[int]]:
-        blocks = gids // self._layout.lanes
-        if isinstance(keys, int):
-            groups = Groups.runs(gids, blocks)
-            return groups, [keys] * groups.starts.shape[0]
-        if np.count_nonzero(keys[1:] < keys[:-1]):
-            by = np.argsort(keys, kind="stable")
-            gids, keys, blocks = gids[by], keys[by], blocks[by]
-        groups = Groups.runs(gids, keys, blocks)
-        return groups, keys[groups.starts].tolist()
 
     def copy_issued(
         self, ins: Instruction, cohort: Cohort, offset: Array, nbytes: Array | int

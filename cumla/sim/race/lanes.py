@@ -119,3 +119,19 @@ class Groups:
     def lists(self) -> list[list[int]]:
         """The lanes of each group."""
         return [part.tolist() for part in np.split(self.gids, self.starts[1:])]
+
+
+def by_key(gids: Array, keys: Array | int, lanes: int) -> tuple[Groups, list[int]]:
+    """The lanes of each block that have the same key, and the groups' keys.
+
+    keys: one for each lane, or one for all. lanes: of a block.
+    """
+    blocks = gids // lanes
+    if isinstance(keys, int):
+        groups = Groups.runs(gids, blocks)
+        return groups, [keys] * groups.starts.shape[0]
+    if np.count_nonzero(keys[1:] < keys[:-1]):
+        by = np.argsort(keys, kind="stable")
+        gids, keys, blocks = gids[by], keys[by], blocks[by]
+    groups = Groups.runs(gids, keys, blocks)
+    return groups, keys[groups.starts].tolist()

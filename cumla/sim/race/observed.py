@@ -11,8 +11,8 @@ from __future__ import annotations
 import numpy as np
 
 from cumla.sim.cohort import Array
-from cumla.sim.race.clocks import Clocks
-from cumla.sim.race.layout import SPLIT, Layout
+from cumla.sim.race.layout import SPLIT
+from cumla.sim.race.past import Past
 from cumla.sim.race.report import History
 from cumla.sim.race.shadow import Level, Shadow
 
@@ -20,9 +20,9 @@ from cumla.sim.race.shadow import Level, Shadow
 class Observations:
     """Who has seen which strong writes, as far as the states and the logs tell."""
 
-    def __init__(self, layout: Layout, clocks: Clocks, history: History) -> None:
-        self.layout = layout
-        self.clocks = clocks
+    def __init__(self, past: Past, history: History) -> None:
+        self.layout = past.layout
+        self.past = past
         self.history = history
 
     def cover(
@@ -61,7 +61,7 @@ class Observations:
         weak = (found & layout.strengths == 0) & (when > stamps[i])
         ok = np.flatnonzero((looks & later) | weak)
         i, found, when = i[ok], found[ok], when[ok]
-        known = self.clocks.known(gids[i], found & layout.threads, when)
+        known = self.past.clocks.known(gids[i], found & layout.threads, when)
         seen[i[known]] = True
         return seen
 

@@ -1,0 +1,56 @@
+"""Whether earlier accesses, as states tell of them, happen before an access by a lane."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cumla.sim.cohort import Array
+from cumla.sim.race.clocks import Clocks
+from cumla.sim.race.fences import ProxyFences
+from cumla.sim.race.layout import Layout
+
+
+class Past:
+    """What lanes know of accesses that left states.
+
+    proxy: it is the asynchronous proxy that makes the access now, on behalf of the lanes.
+    """
+
+    def __init__(self, layout: Layout, clocks: Clocks, fences: ProxyFences) -> None:
+        self.layout = layout
+        self.clocks = clocks
+        self.fences = fences
+
+    def unknown(self, states: Array, gids: Array, proxy: bool) -> Array:
+        """[n] bool: whether each lane does not know the one access that left each state."""
+        threads = states & self.layout.threads
+        stamps = (states & self.layout.stamps) >> self.layout.stamp_shift
+        unknown = ~self.clocks.known(gids, threads, stamps)
+        if proxy:
+            unknown |= self.unfenced(states, gids)
+        return unknown
+
+    def unfenced(self, states: Array, gids: Array) -> Array:
+        """[n] bool: which states are writes that no proxy fence made known to the lanes' copies.
+
+        Those through the generic proxy, that is. PTX ISA "Causality order": operations through
+        different proxies are ordered only with a proxy fence along the way from one to the other.
+        That reads come before later copies into the same memory takes no such fence in CUDA's own
+        programs, so it takes none here.
+        """
+        layout = self.layout
+        local = states & layout.locals
+        generic = (local < layout.lanes) | (local >= layout.generic)
+        at = np.flatnonzero((states & layout.write != 0) & generic)
+        stamps = (states[at] & layout.stamps) >> layout.stamp_shift
+        unfenced = np.zeros(states.shape, np.bool_)
+        unfenced[at] = ~self.fences.known(gids[at], states[at] & layout.threads, stamps)
+        return unfenced
+
+    def known_by_warps(self, noted: Array | None, gids: Array, ended: Array) -> Array:
+        """[n] bool: whether each lane knows all that warps did up to their last reads, noted."""
+        if noted is None:
+            return np.zeros(gids.shape[0], np.bool_)
+        after = ended[:, None] >> self.layout.stamp_shift
+        known: Array = (noted <= self.clocks.known_warps(gids)) | (noted <= after)
+        return np.logical_and.reduce(known, axis=1)
