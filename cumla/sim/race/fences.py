@@ -28,9 +28,9 @@ class FenceClocks(Clocks):
         self._exports: dict[tuple[object, ...], Clock] = {}
         self._collections = 0
 
-    def fence(self, gids: Array, clocks: Clocks, now: int) -> None:
-        """The lanes executed a fence: all that they know by now."""
-        self.own[gids] = now
+    def fence(self, gids: Array, clocks: Clocks, own: Array | int) -> None:
+        """The lanes executed a fence: all that the clocks know, and themselves up to a stamp."""
+        self.own[gids] = own
         self.block[gids] = clocks.block[gids]
         self.warp[gids] = clocks.warp[gids]
         self.row[gids] = clocks.row[gids]
@@ -43,7 +43,10 @@ class FenceClocks(Clocks):
 
     def fenced(self, gids: Array) -> Array:
         """[n] bool: which lanes have something to release."""
-        return (self.own[gids] | self.row[gids] | self.block[gids]) > 0
+        fenced = (self.own[gids] | self.row[gids] | self.block[gids]) > 0
+        if self.abroad is not None:
+            fenced |= self.abroad.names[gids] != 0
+        return fenced
 
     def contents(self, gids: Array) -> list[Array]:
         """Labels that are the same for lanes which would release the same."""
@@ -55,12 +58,12 @@ class FenceClocks(Clocks):
     def held(self, gid: int) -> Clock | None:
         """What the lane would release: the same object for all that would release the same."""
         own, block, row = int(self.own[gid]), int(self.block[gid]), int(self.row[gid])
-        if not (own or block or row):
+        abroad = None if self.abroad is None else self.abroad[gid]
+        if not (own or block or row or abroad):
             return None
         if self._collections != self.rows.collections or len(self._exports) > 4096:
             self._collections = self.rows.collections
             self._exports = {}
-        abroad = None if self.abroad is None else self.abroad[gid]
         who = gid if own else -1 - int(self.threads.block[gid])
         key = (who, own, int(self.warp[gid]), block, row, abroad)
         clock = self._exports.get(key)
@@ -101,3 +104,32 @@ class ProxyFences(FenceClocks):
 
     def _itself(self, gids: Array, apart: Array, stamps: Array) -> Array:
         return (apart == 0) & (stamps <= self.own.take(gids))
+
+
+class Fences:
+    """What strong writes release for the sake of fences of a scope, or of a wider one.
+
+    Attributes:
+        clocks: what each lane knew at its last such fence.
+        proxy: what of that proxy fences covered; None: there had been none.
+    """
+
+    def __init__(self, threads: Threads, rows: Rows, flows: list[FenceClocks]) -> None:
+        """flows: where to add the clocks, that go along when lanes meet."""
+        self.clocks = FenceClocks(threads, rows)
+        self.proxy: ProxyFences | None = None
+        self._flows = flows
+        flows.append(self.clocks)
+
+    def fence(self, gids: Array, clocks: Clocks, proxy: ProxyFences, now: int) -> None:
+        """The lanes execute a fence: what they know goes with it, and what proxy fences cover."""
+        self.clocks.fence(gids, clocks, now)
+        if self.proxy is None and proxy in self._flows:
+            self.proxy = ProxyFences(proxy.threads, proxy.rows)
+            self._flows.append(self.proxy)
+        if self.proxy is not None:
+            self.proxy.fence(gids, proxy, proxy.own[gids])
+
+    def held(self, gid: int) -> tuple[Clock | None, Clock | None]:
+        """What the lane would release, and what of that proxy fences cover."""
+        return self.clocks.held(gid), None if self.proxy is None else self.proxy.held(gid)

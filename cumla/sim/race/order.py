@@ -16,7 +16,7 @@ import numpy as np
 from cumla.sim.cohort import Array
 from cumla.sim.race.clock import Clock, merged
 from cumla.sim.race.clocks import Clocks, Rows
-from cumla.sim.race.fences import FenceClocks, ProxyFences
+from cumla.sim.race.fences import FenceClocks, Fences, ProxyFences
 from cumla.sim.race.lanes import Groups, Threads
 from cumla.sim.race.report import History, Site
 
@@ -77,7 +77,8 @@ class MemoryOrder:
     """The fences and strong accesses of the lanes of a wave.
 
     Attributes:
-        flows: the clocks that go along when lanes meet: those of fences, narrow, wide and proxy.
+        flows: the clocks that go along when lanes meet: those of fences, narrow and wide, and of
+            proxy fences.
         proxy: the clocks of proxy fences.
         changes: counts what may change the effect of an access. Who lets lanes meet or acquire
             adds to it.
@@ -96,8 +97,8 @@ class MemoryOrder:
         self._idle: dict[tuple[int, bytes, bytes], int] = {}
         self._rows = rows
         self._places = places.places
-        self._narrow: FenceClocks | None = None
-        self._wide: FenceClocks | None = None
+        self._narrow: Fences | None = None
+        self._wide: Fences | None = None
         # Clocks that strong reads of lanes saw: those that any fence makes known, and those that
         # only a wide one does.
         self._seen: tuple[dict[Clock, set[int]], dict[Clock, set[int]]] = ({}, {})
@@ -109,17 +110,14 @@ class MemoryOrder:
             self._know(gids, wide)
         if order == "acquire":
             return
-        now = self.history.now
         self.changes += 1
         if self._narrow is None:
-            self._narrow = FenceClocks(self.threads, self._rows)
-            self.flows.append(self._narrow)
-        self._narrow.fence(gids, self.clocks, now)
+            self._narrow = Fences(self.threads, self._rows, self.flows)
+        self._narrow.fence(gids, self.clocks, self.proxy, self.history.now)
         if wide:
             if self._wide is None:
-                self._wide = FenceClocks(self.threads, self._rows)
-                self.flows.append(self._wide)
-            self._wide.fence(gids, self.clocks, now)
+                self._wide = Fences(self.threads, self._rows, self.flows)
+            self._wide.fence(gids, self.clocks, self.proxy, self.history.now)
 
     def proxy_fence(self, gids: Array) -> None:
         """The lanes execute fence.proxy.async."""
@@ -177,7 +175,7 @@ class MemoryOrder:
             return
         active = np.full(gids.shape[0], releases)
         if site.writes and self._narrow is not None:
-            active |= self._narrow.fenced(gids)
+            active |= self._narrow.clocks.fenced(gids)
         if self._places and not active.all():
             places = self._places
             active |= [(space, offset) in places for offset in offsets.tolist()]
@@ -263,15 +261,14 @@ class MemoryOrder:
     def _released(self, gid: int, releases: bool, wide: bool) -> _Pair:
         """What a strong write of the lane releases."""
         if releases:
-            clock = self._with_proxy(self.clocks.export(gid, self.history.now), gid)
+            clock = self._covered(self.clocks.export(gid, self.history.now), self.proxy.held(gid))
             return clock, clock if wide else None
-        near = None if self._narrow is None else self._narrow.held(gid)
-        far = None if self._wide is None or not wide else self._wide.held(gid)
-        return self._with_proxy(near, gid), self._with_proxy(far, gid)
+        near = None if self._narrow is None else self._covered(*self._narrow.held(gid))
+        far = None if self._wide is None or not wide else self._covered(*self._wide.held(gid))
+        return near, far
 
-    def _with_proxy(self, clock: Clock | None, gid: int) -> Clock | None:
-        """A clock that a lane releases, and what its proxy fences cover: for equals the same."""
-        proxy = self.proxy.held(gid) if clock is not None else None
+    def _covered(self, clock: Clock | None, proxy: Clock | None) -> Clock | None:
+        """A clock with what of it proxy fences cover: for equals the same."""
         if clock is None or proxy is None:
             return clock
         if len(self._proxied) > _HELD_KEPT:
