@@ -130,7 +130,7 @@ class Grid:
         wave.grid_id = self.number
         if self.env.check_race:
             if self.race is None:
-                self.race = RaceDetector(wave, self._end)
+                self.race = RaceDetector(wave, self._end, self.env.target >= 90)
                 if self.dependency is not None:
                     self.race.overlap = self.dependency.overlap
             else:

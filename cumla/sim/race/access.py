@@ -123,7 +123,7 @@ class Accesses:
             if level.split:
                 divided = writes >= _SPLIT
                 if _count(divided):
-                    level.unite(cells[divided], limit)
+                    level.unite(cells[divided], _ANYTHING if step.shadow.proxied else limit)
                     writes = level.writes.take(cells)
                     divided = writes >= _SPLIT
                     if _count(divided):

@@ -132,6 +132,27 @@ class Clocks:
         known[at] = np.maximum(known[at], self.warp[first])
         return np.repeat(known, runs.counts, axis=0)
 
+    def known_to_all(self, gids: Array, cluster: int) -> int:
+        """Up to which stamp all these lanes know all threads of their clusters of so many blocks.
+
+        It may be more than is told here.
+        """
+        least = int(self.block[gids].min())
+        if cluster == 1:
+            return least
+        if self.abroad is None:
+            return 0
+        blocks, lanes = self.threads.block[:: self.threads.lanes].tolist(), self.threads.lanes
+        runs = Groups.runs(gids, self.abroad.names[gids], gids // lanes)
+        for gid in gids[runs.starts].tolist():
+            clock, slot = self.abroad[gid], gid // lanes
+            first = slot // cluster * cluster
+            for other in range(first, first + cluster):
+                if other != slot:
+                    part = None if clock is None else clock.parts.get(blocks[other])
+                    least = min(least, 0 if part is None else part.low)
+        return least
+
     def meet_some(self, groups: Groups, now: int) -> None:
         """Each group's lanes met: some of a block, or of a warp."""
         joined = self._joined(groups, now)

@@ -53,10 +53,16 @@ class RaceDetector:
             time; None if there are none.
     """
 
-    def __init__(self, wave: Wave, end: Instruction | None = None) -> None:
-        """end: the instruction at which blocks exit, for the messages about those of clusters."""
+    def __init__(self, wave: Wave, end: Instruction | None = None, proxied: bool = False) -> None:
+        """Begin with the first wave of a launch.
+
+        Args:
+            end: the instruction at which blocks exit, for the messages about those of clusters.
+            proxied: the target has the asynchronous proxy.
+        """
         blocks = wave.grid[0] * wave.grid[1] * wave.grid[2]
         self._end = end
+        self._proxied = proxied
         self._layout = Layout(blocks, wave.lanes_per_block)
         self._history = History(self._layout, blocks)
         self._reports = Reports(wave, self._layout, self._history)
@@ -78,7 +84,8 @@ class RaceDetector:
         self._agents = Agents(self._layout)
         # In a cluster other blocks access a block's shared memory, too.
         warps = self._layout.lanes // WARP if wave.cluster_size == 1 else 0
-        self._shared = Shadow("shared", self._layout, slots * wave.shared_stride, _LOG_LIMIT, warps)
+        size = slots * wave.shared_stride
+        self._shared = Shadow("shared", self._layout, size, _LOG_LIMIT, warps, self._proxied)
         past = Past(self._layout, clocks, self._order.proxy)
         self._accesses = Accesses(past, self._reports, wave.shared_stride, wave.shared_start)
         self._exits = Exits(past, self._reports, wave.shared_stride, wave.shared_start)
@@ -208,7 +215,7 @@ class RaceDetector:
     def _shorten_logs(self) -> None:
         live = self._wave.live
         if self._shared.logged() > self._log_short and np.count_nonzero(live):
-            self._shared.drop(int(self._clocks.block[live].min()))
+            self._shared.drop(self._clocks.known_to_all(live.nonzero()[0], self._wave.cluster_size))
             self._log_short = _LOG_SHORT + 2 * self._shared.logged()
 
     def _whole(self, groups: Groups, size: int) -> Array:

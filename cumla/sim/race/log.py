@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from cumla.sim.cohort import WARP, Array
-from cumla.sim.race.layout import SPLIT, Layout
+from cumla.sim.race.layout import SPECIAL, SPLIT, Layout
 
 _WARP_SHIFT = WARP.bit_length() - 1
 
@@ -59,16 +59,35 @@ class Log:
         if self._size > self.limit:
             self._shrink()
 
-    def drop(self, stamp: int) -> None:
-        """Forget what was added up to this stamp."""
+    def drop(self, stamp: int, proxied: bool) -> None:
+        """Forget what threads, not copies, did up to this stamp.
+
+        proxied: but not what they wrote, of which copies may not know, nor their strong accesses,
+            which may have seen what copies did.
+        """
+        lasting = SPECIAL
+        if proxied:
+            lasting |= self.layout.write | self.layout.strengths
         if self._newest <= stamp:
-            self._drop_settled()
-        recent = self._recent
+            left = self._states & lasting != 0
+            self._cells, self._states = self._cells[left], self._states[left]
+            self._size += self._cells.shape[0] - left.shape[0]
+            self._clean_at = 0
+        kept = []
         done = 0
-        while done < len(recent) and recent[done][0] <= stamp:
-            self._size -= recent[done][1].size
+        for when, cells, states in self._recent:
+            if when > stamp:
+                break
             done += 1
+            self._size -= cells.size
+            left = np.broadcast_to(states & lasting != 0, cells.shape)
+            if np.count_nonzero(left):
+                kept.append((when, cells[left], np.broadcast_to(states, cells.shape)[left]))
+                self._size += kept[-1][1].size
         self._forget(done)
+        if kept:
+            self._recent[:0] = kept
+            self._noted = 0
 
     def _forget(self, count: int) -> None:
         """Drop the first of the recent ones."""

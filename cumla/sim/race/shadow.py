@@ -97,10 +97,20 @@ class Shadow:
     Attributes:
         space: "shared" or "global".
         crossed: threads of several blocks may access the same bytes.
+        proxied: the asynchronous proxy may access it, for which writes count that no proxy fence
+            covered, though every thread may have known of them long since.
         words: the level of whole words.
     """
 
-    def __init__(self, space: str, layout: Layout, size: int | None, limit: int, warps: int = 0):
+    def __init__(
+        self,
+        space: str,
+        layout: Layout,
+        size: int | None,
+        limit: int,
+        warps: int = 0,
+        proxied: bool = True,
+    ) -> None:
         """The shadow of an arena with nothing done yet.
 
         Args:
@@ -111,6 +121,7 @@ class Shadow:
         self.space = space
         self.paged = size is None
         self.crossed = not warps
+        self.proxied = proxied
         words = _FIRST_WORDS if size is None else -(-size // WORD)
         self.words = Level(WORD, words, Log(layout, limit, warps))
         self._deltas = np.full(64, _NOWHERE, np.int64)
@@ -181,4 +192,4 @@ class Shadow:
     def drop(self, stamp: int) -> None:
         """Forget logged accesses up to a stamp that everyone knows."""
         for level in self.words.levels():
-            level.log.drop(stamp)
+            level.log.drop(stamp, self.proxied)
