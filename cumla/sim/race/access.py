@@ -33,11 +33,13 @@ class Step:
 
     Attributes:
         values: [n] the state that each lane would leave.
-        proxy: the access is made by the asynchronous proxy, on behalf of the lanes.
+        queued: queues make the access, on behalf of the lanes: of a queue's accesses the last one
+            stands for the others, but none is ordered after another.
+        proxy: they do so through the asynchronous proxy.
         limit: 0-d; states below it need not be looked at.
     """
 
-    __slots__ = ("lanes", "limit", "proxy", "shadow", "site", "stamp", "values")
+    __slots__ = ("lanes", "limit", "proxy", "queued", "shadow", "site", "stamp", "values")
 
     def __init__(
         self,
@@ -46,6 +48,7 @@ class Step:
         stamp: int,
         lanes: Lanes,
         values: Array,
+        queued: bool = False,
         proxy: bool = False,
     ) -> None:
         self.shadow = shadow
@@ -53,6 +56,7 @@ class Step:
         self.stamp = stamp
         self.lanes = lanes
         self.values = values
+        self.queued = queued
         self.proxy = proxy
         self.limit = _ANYTHING if shadow.crossed or proxy else lanes.limit
 
@@ -64,6 +68,7 @@ class Step:
             self.stamp,
             self.lanes.take(which),
             self.values[which],
+            self.queued,
             self.proxy,
         )
 
@@ -80,7 +85,7 @@ class Accesses:
         self.layout = reports.layout
         self.past = past
         self.reports = reports
-        self.observations = Observations(past, reports.history)
+        self.observations = Observations(self.layout, reports.history)
         self.stride = stride
         self.start = start
 
@@ -201,7 +206,7 @@ class Accesses:
     ) -> None:
         """Find conflicts with states: last writes, or, where writes has those, last reads."""
         layout, site = self.layout, step.site
-        need = self._unordered(states, mask, step)
+        need = mask if step.queued else self._unordered(states, mask, step)
         if not _count(need):
             return
         at = need.reshape(-1).nonzero()[0]
@@ -231,7 +236,7 @@ class Accesses:
             return
         threads, cells = step.lanes.threads[lane], cells.reshape(-1)[at]
         if _count(bad):
-            self._report(level, cells[bad], states[bad], gids[bad], threads[bad], step)
+            self._report(level, cells[bad], states[bad], gids[bad], step)
         if ended is not None and _count(many):
             noted = step.shadow.reads_by_warp(level, cells[many])
             many[many] = ~self.past.known_by_warps(noted, gids[many], ended[many])
@@ -268,13 +273,15 @@ class Accesses:
         weak = (states & (layout.write | layout.strengths)) == layout.write
         np.maximum.at(last, i[weak], stamps[weak])
         mine = threads[i]
-        need = ((states & layout.write) == kind) & ((states ^ mine) & layout.threads != 0)
+        need = (states & layout.write) == kind
+        if not step.queued:
+            need &= (states ^ mine) & layout.threads != 0
         need &= (stamps >= last[i]) & ~self._exempt(states, mine, step.site.strength)
         i, states = i[need], states[need]
         bad = self.past.unknown(states, gids[i], step.proxy)
         i, states = i[bad], states[bad]
         if i.shape[0]:
-            self._report(level, cells[i], states, gids[i], threads[i], step)
+            self._report(level, cells[i], states, gids[i], step)
 
     def _together(
         self,
@@ -333,8 +340,7 @@ class Accesses:
         if site.writes and site.strength < 2:
             bad = far if site.strength else np.ones(far.shape, np.bool_)
             if _count(bad):
-                gids, threads = step.lanes.gids[lane[bad]], step.lanes.threads[lane[bad]]
-                self._report(level, at[bad], left[bad], gids, threads, step)
+                self._report(level, at[bad], left[bad], step.lanes.gids[lane[bad]], step)
             if not site.strength:
                 return
         states[at] = left | layout.many
@@ -346,25 +352,19 @@ class Accesses:
             states[at[far]] |= layout.cross
         level.log.add(step.stamp, cells, step.values)
 
-    def _report(
-        self,
-        level: Level,
-        cells: Array,
-        states: Array,
-        gids: Array,
-        threads: Array,
-        step: Step,
-    ) -> None:
+    def _report(self, level: Level, cells: Array, states: Array, gids: Array, step: Step) -> None:
         shadow = step.shadow
-        fresh = ~self.observations.cover(shadow, level, cells, states, gids)
+
+        def unknown(i: Array, others: Array) -> Array:
+            return self.past.unseen(others, gids[i], step.proxy)
+
+        fresh = ~self.observations.cover(shadow, level, cells, states, unknown)
         if not _count(fresh):
             return
-        cells, states, gids, threads = cells[fresh], states[fresh], gids[fresh], threads[fresh]
+        cells, states, gids = cells[fresh], states[fresh], gids[fresh]
         offsets = shadow.offsets(level, cells)
         if not shadow.paged:
             offsets = offsets % self.stride - self.start
-        conflicts = shadow.space, offsets, level.width, states, threads, step.site
-        if step.proxy:
-            self.reports.add(*conflicts, self.past.unfenced(states, gids))
-        else:
-            self.reports.add(*conflicts)
+        threads = self.past.clocks.threads.thread[gids]
+        unfenced = self.past.unfenced_only(states, gids) if step.proxy else None
+        self.reports.add(shadow.space, offsets, level.width, states, threads, step.site, unfenced)

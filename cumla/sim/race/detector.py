@@ -260,7 +260,7 @@ class RaceDetector:
         Args:
             issuers: [m] the lanes.
             agents: [m] names of the queues that do the work, any int64: what one does is known up
-                to a stamp, and reads of one follow each other.
+                to a stamp. Of a call, a queue that writes has one issuer.
             space: "shared" or "global".
             kind: "read", "write" or "atomic".
             offsets: [k] byte offsets in the arena of the space, of nbytes bytes each.
@@ -275,11 +275,9 @@ class RaceDetector:
         state = self._history.begin(site) | SPECIAL
         blocks = self._threads.block[issuers] << self._layout.local_bits
         who = blocks | self._locals(issuers, agents, proxy)
-        # Writes of one queue are not in order: nobody's is what is compared with the others.
-        alike = who if kind == "read" else blocks | self._layout.nobody
         nothing = np.ones(issuers.shape[0], np.int64)
-        lanes = Lanes(issuers, alike, nothing[0], nothing, None, even=False)
-        step = Step(shadow, site, self._history.now, lanes, who | state, proxy)
+        lanes = Lanes(issuers, who, nothing[0], nothing, None, even=False)
+        step = Step(shadow, site, self._history.now, lanes, who | state, True, proxy)
         self._run(step.take(rows), offsets, nbytes)
         if self.overlap is not None and shadow.paged:
             self.overlap.access(self._clocks, ins, issuers[rows], offsets, nbytes, kind, False)

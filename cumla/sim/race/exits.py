@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from cumla.sim.cohort import Array
 from cumla.sim.ptx.syntax import Instruction
 from cumla.sim.race.layout import SPLIT
+from cumla.sim.race.observed import Observations
 from cumla.sim.race.past import Past
 from cumla.sim.race.report import Reports
 from cumla.sim.race.shadow import Shadow
@@ -18,6 +20,7 @@ class Exits:
         """stride, start: bytes from a block's shared memory to the next, and before its own."""
         self.past = past
         self.reports = reports
+        self.observations = Observations(past.layout, reports.history)
         self.stride = stride
         self.start = start
 
@@ -30,6 +33,13 @@ class Exits:
         gids = np.arange(slot * layout.lanes, (slot + 1) * layout.lanes)
         own = int(self.past.clocks.threads.thread[gids[0]])
         known = self.past.clocks.together(gids)
+
+        def unknown(_: Array, states: Array) -> Array:
+            threads, stamps = states & layout.threads, states & layout.stamps
+            blocks, locals_ = threads >> layout.local_bits, threads & layout.locals
+            mine = (blocks == own >> layout.local_bits) & (locals_ < layout.lanes)
+            return ~(mine | known.knows(blocks, locals_, stamps >> layout.stamp_shift))
+
         site = self.reports.history.site(end, "exit", "weak", "cta")
         self.reports.history.begin(site)
         for level in shadow.words.levels():
@@ -42,10 +52,10 @@ class Exits:
             others |= states & layout.locals >= layout.lanes
             others &= (states != 0) & (states < SPLIT)
             cells, states = cells[others], states[others]
-            threads, stamps = states & layout.threads, states & layout.stamps
-            blocks, locals_ = threads >> layout.local_bits, threads & layout.locals
-            bad = ~known.knows(blocks, locals_, stamps >> layout.stamp_shift)
+            bad = unknown(cells, states)
             cells, states = cells[bad], states[bad]
+            late = ~self.observations.cover(shadow, level, cells, states, unknown)
+            cells, states = cells[late], states[late]
             if cells.shape[0]:
                 threads = np.full(cells.shape[0], own)
                 offsets = cells * width % stride - self.start

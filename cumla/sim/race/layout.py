@@ -36,7 +36,6 @@ class Layout:
         cross: the many are of more than one block.
         pending: an asynchronous copy that has not landed.
         generic: locals from here on, and those of lanes, access memory through the generic proxy.
-        nobody: the local number of no thread.
         not_own, warp_alone, block_alone: what must be zero in `state ^ thread` for the state to
             be of the thread alone, or of threads of its warp, or of its block.
     """
@@ -44,8 +43,7 @@ class Layout:
     def __init__(self, blocks: int, lanes: int) -> None:
         self.lanes = lanes
         self.generic = lanes + PROXY_AGENTS
-        self.nobody = lanes + COPY_AGENTS
-        self.local_bits = self.nobody.bit_length()
+        self.local_bits = (lanes + COPY_AGENTS - 1).bit_length()
         bits = self.local_bits + max(blocks - 1, 1).bit_length()
         self.threads = (1 << bits) - 1
         self.locals = (1 << self.local_bits) - 1

@@ -8,11 +8,12 @@ counter itself is ordered by it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from cumla.sim.cohort import Array
-from cumla.sim.race.layout import SPLIT
-from cumla.sim.race.past import Past
+from cumla.sim.race.layout import SPLIT, Layout
 from cumla.sim.race.report import History
 from cumla.sim.race.shadow import Level, Shadow
 
@@ -20,15 +21,22 @@ from cumla.sim.race.shadow import Level, Shadow
 class Observations:
     """Who has seen which strong writes, as far as the states and the logs tell."""
 
-    def __init__(self, past: Past, history: History) -> None:
-        self.layout = past.layout
-        self.past = past
+    def __init__(self, layout: Layout, history: History) -> None:
+        self.layout = layout
         self.history = history
 
     def cover(
-        self, shadow: Shadow, level: Level, cells: Array, states: Array, gids: Array
+        self,
+        shadow: Shadow,
+        level: Level,
+        cells: Array,
+        states: Array,
+        unknown: Callable[[Array, Array], Array],
     ) -> Array:
-        """[n] bool: what left states[i] in cells[i] was seen, and lane gids[i] knows of that."""
+        """[n] bool: what left states[i] in cells[i] was seen, and of that is known.
+
+        unknown: given indices i and states, whether who accesses cells[i] now does not know those.
+        """
         layout = self.layout
         shift = layout.stamp_shift
         stamps = (states & layout.stamps) >> shift
@@ -60,9 +68,8 @@ class Observations:
         # A weak access after it has been judged already, and counts as ordered.
         weak = (found & layout.strengths == 0) & (when > stamps[i])
         ok = np.flatnonzero((looks & later) | weak)
-        i, found, when = i[ok], found[ok], when[ok]
-        known = self.past.clocks.known(gids[i], found & layout.threads, when)
-        seen[i[known]] = True
+        i, found = i[ok], found[ok]
+        seen[i[~unknown(i, found)]] = True
         return seen
 
     def _accesses(self, shadow: Shadow, level: Level, cells: Array) -> tuple[Array, Array]:

@@ -23,12 +23,18 @@ class Past:
 
     def unknown(self, states: Array, gids: Array, proxy: bool) -> Array:
         """[n] bool: whether each lane does not know the one access that left each state."""
-        threads = states & self.layout.threads
-        stamps = (states & self.layout.stamps) >> self.layout.stamp_shift
-        unknown = ~self.clocks.known(gids, threads, stamps)
+        unknown = ~self._known(self.clocks, states, gids)
         if proxy:
             unknown |= self.unfenced(states, gids)
         return unknown
+
+    def unseen(self, states: Array, gids: Array, proxy: bool) -> Array:
+        """As `unknown`, of accesses that saw a write: it takes a proxy fence after reads, too."""
+        return self.unknown(states | self.layout.write, gids, proxy)
+
+    def _known(self, clocks: Clocks, states: Array, gids: Array) -> Array:
+        stamps = (states & self.layout.stamps) >> self.layout.stamp_shift
+        return clocks.known(gids, states & self.layout.threads, stamps)
 
     def unfenced(self, states: Array, gids: Array) -> Array:
         """[n] bool: which states are writes that no proxy fence made known to the lanes' copies.
@@ -42,10 +48,14 @@ class Past:
         local = states & layout.locals
         generic = (local < layout.lanes) | (local >= layout.generic)
         at = np.flatnonzero((states & layout.write != 0) & generic)
-        stamps = (states[at] & layout.stamps) >> layout.stamp_shift
         unfenced = np.zeros(states.shape, np.bool_)
-        unfenced[at] = ~self.fences.known(gids[at], states[at] & layout.threads, stamps)
+        unfenced[at] = ~self._known(self.fences, states[at], gids[at])
         return unfenced
+
+    def unfenced_only(self, states: Array, gids: Array) -> Array:
+        """[n] bool: which of the unfenced have happened before, but for that."""
+        pending = states & self.layout.pending != 0
+        return self.unfenced(states, gids) & self._known(self.clocks, states, gids) & ~pending
 
     def known_by_warps(self, noted: Array | None, gids: Array, ended: Array) -> Array:
         """[n] bool: whether each lane knows all that warps did up to their last reads, noted."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 Triple = tuple[int, int, int]
 _READS = ("read", "asynchronous read")
+_ATOMICS = ("atomic", "asynchronous reduction")
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +144,7 @@ class History:
             site = Site(len(self._sites), ins, kind, order, strength, flags)
             if site.number >= self._atomic.shape[0]:
                 self._atomic = np.append(self._atomic, np.zeros_like(self._atomic))
-            self._atomic[site.number] = kind == "atomic"
+            self._atomic[site.number] = kind in _ATOMICS
             self._sites.append(site)
             self._known[key] = site
         return site
