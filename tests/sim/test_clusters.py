@@ -91,7 +91,7 @@ def test_without_the_last_barrier() -> None:
     x = np.zeros((4, 64), np.uint32)
     options = ("-DNO_LAST_BARRIER",)
     with pytest.raises(
-        sim.RaceError, match=r"then exit by thread .*the block may be gone"
+        sim.RaceError, match=r"then the exit of block .*the block may be gone"
     ) as caught:
         launch("sums", 4, 64, x, Empty(x.shape, np.uint32), cluster=2, options=options)
     line = cuda.line_of(SOURCE, "// LOAD")

@@ -27,7 +27,8 @@ class Access:
     Attributes:
         kind: "read", "write", "atomic", "asynchronous copy", "asynchronous read", "asynchronous
             reduction", or "exit" of the block whose shared memory it is.
-        thread: None for a copy that nobody waited for by itself, only through an mbarrier.
+        thread: None for a block's exit, and for an earlier asynchronous access, which is not its
+            issuer's; but a copy by cp.async that was waited for is.
         line: source line, "file.cu:12", or the PTX line where there is no line information.
         text: the PTX instruction.
     """
@@ -66,11 +67,14 @@ class Race:
         who = "" if first.thread is None else f"by thread {_triple(first.thread)} "
         text = (
             f"{self.space} memory race at offset {self.offset:#x} ({self.nbytes} bytes): "
-            f"{first.kind} {who}of block {_triple(first.block)} at {first.line}, "
-            f"then {second.kind} by thread {_triple(second.thread or (0, 0, 0))}"
+            f"{first.kind} {who}of block {_triple(first.block)} at {first.line}, then "
         )
-        if second.block != first.block:
-            text += f" of block {_triple(second.block)}"
+        if second.thread is None:
+            text += f"the {second.kind} of block {_triple(second.block)}"
+        else:
+            text += f"{second.kind} by thread {_triple(second.thread)}"
+            if second.block != first.block:
+                text += f" of block {_triple(second.block)}"
         text += f" at {second.line}, nothing orders them"
         if self.hint:
             text += f"; {self.hint}"
@@ -260,7 +264,8 @@ class Reports:
     def _access(self, site: Site, thread: int) -> Access:
         local = thread & self.layout.locals
         block = _unravel(thread >> self.layout.local_bits, self.grid)
-        who = _unravel(local, self.block) if local < self.layout.lanes else None
+        single = local < self.layout.lanes and site.kind != "exit"
+        who = _unravel(local, self.block) if single else None
         return Access(site.kind, who, block, site.ins.where, site.ins.text)
 
     def _hint(
@@ -272,10 +277,10 @@ class Reports:
             if state & layout.locals >= layout.lanes:
                 return f"the {before.kind} was not waited for before the block's end"
             return "the block may be gone before: barrier.cluster missing before its end"
-        if state >= SPECIAL and before.kind.startswith("asynchronous"):
-            return f"the {before.kind} was not waited for"
         if unfenced:
             return "fence.proxy.async missing between them"
+        if state >= SPECIAL and before.kind.startswith("asynchronous"):
+            return f"the {before.kind} was not waited for"
         if (state & layout.stamps) >> layout.stamp_shift == self.history.now:
             return "both threads write in one instruction"
         if other >> layout.local_bits != thread >> layout.local_bits:
