@@ -22,10 +22,12 @@ class Did:
     space: str
     offset: int  # in the arena; shared memory of different blocks is apart
     nbytes: int
-    kind: str  # "read", "write", "atomic" or "copy"
+    kind: str  # "read", "write", "atomic", "copy" or "exit"
     order: str
     scope: str
-    landed: int | None = None  # node after which a copy counts as done
+    # What is asynchronous counts as done after any of these nodes; None: it is not asynchronous.
+    ends: list[int] | None = None
+    proxy: bool = False  # whether it goes through the asynchronous proxy
 
 
 @dataclass
@@ -39,7 +41,7 @@ class Look:
 
 
 def strong(did: Did) -> bool:
-    return did.kind == "atomic" or (did.kind != "copy" and did.order in STRONG)
+    return did.kind == "atomic" or did.order in STRONG
 
 
 def wide(did: Did) -> bool:
@@ -62,8 +64,9 @@ class Program:
         self.last: dict[tuple[int, int], int] = {}
         self.accesses: dict[tuple[str, int], list[Did]] = {}  # by space and group of 8 bytes
         self.looks: dict[tuple[str, int], Look] = {}
-        self.observed: dict[tuple[int, int], list[int]] = {}  # node of a write, byte: lookers
+        self.observed: dict[tuple[int, int], list[Did]] = {}  # node of a write, byte: lookers
         self.fences: dict[int, bool] = {}  # node: whether wide
+        self.proxy_fences: list[int] = []
         self.seen: dict[tuple[int, int], list[tuple[int, bool]]] = {}
         self.keys: dict[int, list[int]] = {}
         # Two accesses and the bytes; those where the second is sure to race, see `access`.
@@ -109,6 +112,9 @@ class Program:
             if order != "acquire":
                 self.fences[self.step(thread)] = scope != "cta"
 
+    def proxy_fence(self, threads: list[tuple[int, int]]) -> None:
+        self.proxy_fences += [self.step(thread) for thread in threads]
+
     def _acquire(self, thread: tuple[int, int], is_wide: bool) -> None:
         seen = self.seen.get(thread, [])
         now = [node for node, needs in seen if is_wide or not needs]
@@ -127,45 +133,76 @@ class Program:
 
     # Accesses
 
-    def ordered(self, a: Did, node: int) -> bool:
-        """Whether a, or if it is a copy its end, happens before the node."""
-        n = a.landed if a.kind == "copy" else a.node
-        return n is not None and bool(self.before[node] >> n & 1)
+    def known(self, a: Did, did: Did, fenced: bool) -> bool:
+        """Whether a, or if it is asynchronous its end, happens before did.
 
-    def looked(self, a: Did, node: int, byte: int) -> bool:
-        """Whether somebody saw what a wrote in the byte, and that happens before the node."""
+        fenced: if a is of the generic proxy and did is not, a proxy fence must be between them.
+        """
+        ends = [a.node] if a.ends is None else a.ends
+        reach = self.before[did.node]
+        if fenced and did.proxy and not a.proxy:
+            fences = [fence for fence in self.proxy_fences if reach >> fence & 1]
+            return any(self.before[fence] >> n & 1 for fence in fences for n in ends)
+        return any(reach >> n & 1 for n in ends)
+
+    def ordered(self, a: Did, did: Did) -> bool:
+        return self.known(a, did, a.kind != "read")
+
+    def looked(self, a: Did, did: Did, byte: int) -> bool:
+        """Whether somebody saw what a wrote in the byte, and that happens before did."""
         lookers = self.observed.get((a.node, byte), [])
-        return any(z == node or self.before[node] >> z & 1 for z in lookers)
+        return any(z is did or self.known(z, did, True) for z in lookers)
 
     def access(self, dids: list[Did]) -> None:
-        """What the lanes of one instruction do, lane after lane.
-
-        A write that happens before one that was seen is not ordered with who saw that, so it may
-        be reported; but it cannot be seen any more, so it need not be.
-        """
+        """What the lanes of one instruction do, lane after lane."""
         for did in dids:
             did.node = self.step(did.thread)
             for old in self._near(did):
-                bytes_ = self._overlap(old, did)
-                if not bytes_ or (old.kind == "read" and did.kind == "read"):
-                    continue
-                if old.thread == did.thread and old.kind != "copy":
-                    continue
-                if morally_strong(old, did) or self.ordered(old, did.node):
-                    continue
-                bytes_ = {at for at in bytes_ if not self.looked(old, did.node, at)}
-                sure = {at for at in bytes_ if not self._replaced(old, did.node, at)}
-                if bytes_:
-                    self.races.append((old, did, bytes_, sure))
+                if old.kind != "read" or did.kind != "read":
+                    self._compare(old, did)
             for place in self._groups(did):
                 self.accesses.setdefault(place, []).append(did)
             self._through_memory(did)
 
-    def _replaced(self, a: Did, node: int, byte: int) -> bool:
-        return any(
-            byte in self._overlap(a, b) and self.ordered(a, b.node) and self.looked(b, node, byte)
-            for b in self._near(a)
-        )
+    def end(self, did: Did, threads: list[tuple[int, int]]) -> None:
+        """A block of these threads ends, and with it the memory that did has the bytes of.
+
+        What its own threads did in it they know.
+        """
+        did.node = self.node([self.last[t] for t in threads if t in self.last])
+        for old in self._near(did):
+            if old.thread[0] != did.thread[0] or old.ends is not None:
+                self._compare(old, did)
+
+    def _compare(self, old: Did, did: Did) -> None:
+        """Note the bytes of old and did in which they race.
+
+        A write that happens before one that was seen is not ordered with who saw that, so it may
+        be reported; but it cannot be seen any more, so it need not be. Neither need what happens
+        before an asynchronous access whose end happens before did: that memory orders the three
+        of them may be thought, though nothing says so.
+        """
+        bytes_ = self._overlap(old, did)
+        if not bytes_ or morally_strong(old, did) or self.ordered(old, did):
+            return
+        bytes_ = {at for at in bytes_ if not self.looked(old, did, at)}
+        sure = {at for at in bytes_ if not self._replaced(old, did, at)}
+        if bytes_:
+            self.races.append((old, did, bytes_, sure))
+
+    def _replaced(self, a: Did, did: Did, byte: int) -> bool:
+        for b in self._near(a):
+            if byte not in self._overlap(a, b) or not a.node < b.node < did.node:
+                continue
+            if self.ordered(a, b) and self.looked(b, did, byte):
+                return True
+            if (
+                b.ends is not None
+                and (self.ordered(a, b) or self.looked(a, b, byte))
+                and (self.ordered(b, did) or self._replaced(b, did, byte))
+            ):
+                return True
+        return False
 
     @staticmethod
     def _groups(did: Did) -> list[tuple[str, int]]:
@@ -197,12 +234,19 @@ class Program:
             return
         block = did.thread[0]
         place = (did.space, did.offset)
+        bytes_ = set(range(did.offset, did.offset + did.nbytes))
         look = self.looks.get(place, Look())
         if did.kind != "write":
             for write, left in look.writes:
                 if morally_strong(write, did):
-                    for at in left:
-                        self.observed.setdefault((write.node, at), []).append(did.node)
+                    for at in left & bytes_:
+                        self.observed.setdefault((write.node, at), []).append(did)
+        if did.ends is not None:
+            # It is not known what an asynchronous reduction releases, so it is to be nothing.
+            look.writes.append((did, bytes_))
+            self.looks[place] = look
+            return
+        if did.kind != "write":
             found = [
                 (node, is_wide and b != block)
                 for node, is_wide, b in look.released
@@ -223,7 +267,7 @@ class Program:
             for node, is_wide in self.fences.items():
                 if reach >> node & 1:
                     mine.append((node, is_wide and wide(did), block))
-        all_of_it = (did, set(range(did.offset, did.offset + did.nbytes)))
+        all_of_it = (did, bytes_)
         if did.kind == "write":
             old = look.by_release if look.writer == did.thread else []
             fresh = Look([all_of_it], old + mine, did.thread)
@@ -234,13 +278,19 @@ class Program:
                 [*look.writes, all_of_it], look.released + mine, look.writer, look.by_release
             )
 
-    # Asynchronous copies
+    # The ends of asynchronous accesses
 
-    def landed(self, dids: list[Did]) -> None:
-        for did in dids:
-            did.landed = self.step(did.thread)
+    def landed(self, dids: list[Did], thread: tuple[int, int]) -> None:
+        """A thread knows that these are done."""
+        self._end(dids, self.step(thread))
 
     def completed(self, dids: list[Did], key: int) -> None:
+        """Whoever acquires the key knows that these are done."""
+        self.keys.setdefault(key, []).append(self.node([]))
+        self._end(dids, self.keys[key][-1])
+
+    @staticmethod
+    def _end(dids: list[Did], node: int) -> None:
         for did in dids:
-            did.landed = self.node([])
-            self.keys.setdefault(key, []).append(did.landed)
+            assert did.ends is not None
+            did.ends.append(node)

@@ -6,34 +6,7 @@ import random
 
 import pytest
 
-from sim.race_programs import STRIDE, Both
-
-
-def hand_over(rng, both, live):
-    """Some lane's past goes to others, through a key or through memory."""
-    giver = rng.choice(live)
-    takers = sorted(rng.sample(live, rng.randint(1, len(live))))
-    if rng.random() < 0.4:
-        both.release([giver], 99)
-        both.acquire(takers, [99] * len(takers))
-        return
-    if rng.random() < 0.3:
-        both.access([giver], "global", [512], 4, "atomic", "release", "gpu")
-        both.access(takers, "global", [512] * len(takers), 4, "read", "acquire", "gpu")
-        return
-    both.fence([giver], "gpu", "acq_rel")
-    if rng.random() < 0.3:
-        both.barrier([g for g in live if g // both.lanes == giver // both.lanes])
-    both.access([giver], "global", [512], 4, "atomic", "relaxed", "gpu")
-    if rng.random() < 0.5:
-        both.access(takers, "global", [512] * len(takers), 4, "atomic", "relaxed", "gpu")
-    else:
-        both.access(takers, "global", [512] * len(takers), 4, "read", "volatile", "cta")
-    if rng.random() < 0.5:
-        both.fence(takers, "gpu", "sc")
-    else:
-        blocks = {taker // both.lanes for taker in takers}
-        both.barrier([g for g in live if g // both.lanes in blocks])
+from sim.race_programs import STRIDE, Both, hand_over
 
 
 def play(rng, both, events, waves, copies, atomics):
