@@ -58,7 +58,7 @@ class Step:
         self.values = values
         self.queued = queued
         self.proxy = proxy
-        self.limit = _ANYTHING if shadow.crossed or proxy else lanes.limit
+        self.limit = _ANYTHING if shadow.crossed else lanes.limit
 
     def take(self, which: Array) -> Step:
         """The access by some lanes, in any order and number."""
