@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
+from cumla.sim.race.layout import SPECIAL, Layout
+from cumla.sim.race.log import Log
 from sim.race_programs import PART, STRIDE, Both
 
 PEER = STRIDE + PART  # the first byte that programs use of the second block's memory
@@ -262,6 +265,34 @@ def test_logs_forget_what_all_know(knowing, monkeypatch):
     assert both.detector._shared.logged() == 2
     both.barrier(ALL)
     assert both.detector._shared.logged() == (0 if knowing == OTHERS else 2)
+
+
+def test_log_counts_what_it_holds():
+    layout = Layout(1, 64)
+    log = Log(layout, 1 << 20, 0)
+    old, new = 1 << layout.stamp_shift, 2 << layout.stamp_shift
+    strong, copy = old | layout.strengths, old | SPECIAL
+    log.add(1, np.arange(4), np.array([old, strong, copy, old]))
+    log.add(2, np.arange(4), np.array([new]))
+    log.drop(1, True)
+    assert len(log) == 6
+    _, found = log.find(np.arange(4), np.zeros(4, np.int64))  # puts all of it in one place
+    assert sorted(found.tolist()) == [strong, *[new] * 4, copy]
+    log.drop(1, False)
+    assert len(log) == 6  # as some of it is newer
+    log.drop(2, False)
+    assert len(log) == 1
+
+
+def test_a_flag_of_an_earlier_wave():
+    """It hands on a proxy fence, and so does a barrier after it."""
+    both = Both(64, ALL, [[0], [1]], proxied=True)
+    events = [write(0, space="global"), fence(0), *FLAG[:2]]
+    later = [*FLAG[2:], BARRIER, queue(1, "read", space="global")]
+    for event, *arguments in events:
+        getattr(both, event)(*arguments)
+    both.wave([1])
+    check(both, later, set())
 
 
 def test_threads_of_a_race():

@@ -62,12 +62,10 @@ class Log:
     def drop(self, stamp: int, proxied: bool) -> None:
         """Forget what threads, not copies, did up to this stamp.
 
-        proxied: but not what they wrote, of which copies may not know, nor their strong accesses,
-            which may have seen what copies did.
+        proxied: but not strong accesses: no proxy fence may have covered the writes, and they may
+            have seen what copies did. A weak write is here only if another took its place.
         """
-        lasting = SPECIAL
-        if proxied:
-            lasting |= self.layout.write | self.layout.strengths
+        lasting = SPECIAL | self.layout.strengths if proxied else SPECIAL
         if self._newest <= stamp:
             left = self._states & lasting != 0
             self._cells, self._states = self._cells[left], self._states[left]
@@ -85,9 +83,7 @@ class Log:
                 kept.append((when, cells[left], np.broadcast_to(states, cells.shape)[left]))
                 self._size += kept[-1][1].size
         self._forget(done)
-        if kept:
-            self._recent[:0] = kept
-            self._noted = 0
+        self._recent[:0] = kept
 
     def _forget(self, count: int) -> None:
         """Drop the first of the recent ones."""
