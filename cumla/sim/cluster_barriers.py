@@ -47,8 +47,12 @@ class ClusterBarriers:
                 ins, c, again, "arrives again without barrier.cluster.wait after its last arrival"
             )
         self.used = True
-        if self.wave.race is not None and releases:
-            self.wave.race.release(c.gids, self._keys(c.gids, self.arrivals[c.gids]))
+        if self.wave.race is not None:
+            keys = self._keys(c.gids, self.arrivals[c.gids])
+            if releases:
+                self.wave.race.release(c.gids, keys)
+            else:
+                self.wave.race.release_fenced(c.gids, keys)
         self.arrivals[c.gids] += 1
         self._settle(np.unique(c.gids // self.lanes))
 
@@ -92,11 +96,17 @@ class ClusterBarriers:
             if arrived.any() and arrived[live].all():
                 self.completed[cluster] += 1
                 self.wave.version += 1
+                if self.wave.race is not None:
+                    # Who waits now names this use; all have waited for the one before.
+                    self.wave.race.forget(self._key(cluster, int(self.completed[cluster]) - 2))
 
     def _keys(self, gids: Array, times: Array) -> Array:
         """The race detector's names of uses of the barriers."""
-        keys: Array = _FIRST_KEY + (gids // self.lanes << 32) + times
+        keys: Array = self._key(gids // self.lanes, times)
         return keys
+
+    def _key(self, cluster: Any, times: Any) -> Any:
+        return _FIRST_KEY + (cluster << 32) + times
 
     def _trap(self, ins: Instruction, c: Cohort, bad: Array, what: str) -> KernelTrap:
         gid = int(c.gids[np.argmax(bad)])

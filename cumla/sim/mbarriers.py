@@ -56,15 +56,17 @@ class Words:
 
     Args:
         space: "shared", "shared::cluster" or "generic".
+        own: only the block's own barriers may be meant, by generic addresses, too.
     """
 
-    def __init__(self, ins: Instruction, env: Env, space: str) -> None:
+    def __init__(self, ins: Instruction, env: Env, space: str, own: bool = False) -> None:
         self.ins = ins
         self.check_memory = env.check_memory
         self.check_race = env.check_race
         self.generic = space == "generic"
         window = SHARED_WINDOW if self.generic else 0
-        space = CLUSTER if self.generic else space
+        if self.generic:
+            space = "shared" if own else CLUSTER
         self.access = Access(ins, space, 8, "atomic", env.check_memory, window)
 
     def offsets(self, c: Cohort, address: Array) -> Array:

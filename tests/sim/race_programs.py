@@ -80,8 +80,8 @@ class Both:
             self.program.keys.clear()
         self.shared = f"shared {blocks}"
 
-    def reported(self, space, offsets, nbytes, states, threads, site, unfenced=None):
-        self.add(space, offsets, nbytes, states, threads, site, unfenced)
+    def reported(self, space, offsets, nbytes, states, threads, site, unfenced=None, slots=None):
+        self.add(space, offsets, nbytes, states, threads, site, unfenced, slots)
         layout = self.detector._layout
         name = self.shared if space == "shared" else space
         for offset, state, thread in zip(offsets, states, threads, strict=True):

@@ -98,6 +98,21 @@ def test_without_the_last_barrier() -> None:
     assert f"k.cu:{line} (inlined at " in str(caught.value)
 
 
+@pytest.mark.parametrize("fence", [1, 2])
+def test_a_relaxed_arrival_tells_what_fences_cover(fence: int) -> None:
+    (out,) = launch("relaxed", 4, 32, Empty((4, 32), np.uint32), cluster=2,
+                    options=(f"-DFENCE={fence}",))  # fmt: skip
+    lanes = np.arange(32)
+    assert np.array_equal(out[0], lanes if fence == 1 else lanes + 100)
+
+
+def test_a_relaxed_arrival_without_a_fence_orders_nothing() -> None:
+    with pytest.raises(
+        sim.RaceError, match=r"shared memory race .* of block \([01], 0, 0\): write"
+    ):
+        launch("relaxed", 2, 32, Empty((2, 32), np.uint32), cluster=2)
+
+
 def test_blocks_return_between_arrival_and_wait() -> None:
     (out,) = launch("returns", 4, 32, Empty((4, 32), np.uint32), cluster=2, checks={"race"})
     assert np.array_equal(out[::2], np.tile(np.arange(32), (2, 1)))
@@ -125,6 +140,9 @@ def test_memory_of_a_block_that_may_have_exited() -> None:
         (6, sim.KernelTrap, r"waits without barrier.cluster.arrive"),
         (7, sim.Deadlock, r"the cluster barrier: 32 of 64 threads of the cluster have arrived"),
         (8, sim.MemoryFault, r"1024 bytes before the start of the block's 128 bytes"),
+        (9, sim.MemoryFault, r"rank 255 of a cluster of 2 blocks"),
+        (10, sim.MemoryFault, r"the block's of rank [01] in the cluster, not the thread's own"),
+        (11, sim.Deadlock, r"lanes 0x\w+ of its warp at barrier.cluster.wait"),
     ],
 )
 def test_what_must_not_be(bug: int, error: type[sim.SimError], message: str) -> None:

@@ -24,7 +24,7 @@ Array = NDArray[Any]
 def cluster_barrier(ins: Instruction, env: Env) -> Op:
     """barrier.cluster.arrive{.release,.relaxed}{.aligned} and barrier.cluster.wait{.acquire}{...}.
 
-    `bar.py` hands on what begins with `barrier.cluster`.
+    `barrier.py` hands on what begins with `barrier.cluster`.
     """
     words = [w for w in ins.modifiers[1:] if w != "aligned"]
     aligned = len(words) < len(ins.modifiers) - 1
@@ -34,7 +34,7 @@ def cluster_barrier(ins: Instruction, env: Env) -> Op:
     if words in (["arrive"], ["arrive", "release"], ["arrive", "relaxed"]):
         return _arrive(ins, releases="relaxed" not in words, aligned=aligned)
     if words in (["wait"], ["wait", "acquire"]):
-        return _wait(ins, env)
+        return _wait(ins, env, aligned)
     raise Unsupported(f"form {ins.name!r}")
 
 
@@ -54,19 +54,23 @@ def _arrive(ins: Instruction, releases: bool, aligned: bool) -> Op:
     )
 
 
-def _wait(ins: Instruction, env: Env) -> Op:
+def _wait(ins: Instruction, env: Env, aligned: bool) -> Op:
     def run(c: Cohort) -> None:
         c.wave.cluster_barriers.wait(c)
         if env.count:
             c.wave.counters.wait(ins, c)
 
-    return Op(
-        run,
-        (),
-        cohort=True,
-        ready=lambda c: c.wave.cluster_barriers.ready(ins, c),
-        waits_for=lambda c: c.wave.cluster_barriers.describe(c),
-    )
+    def ready(c: Cohort) -> Any:
+        done = c.wave.cluster_barriers.ready(ins, c)
+        here = whole_warps(c) if aligned else True
+        return done if here is True else here & done
+
+    def waits_for(c: Cohort) -> str:
+        if aligned and whole_warps(c) is not True:
+            return waits_for_lanes(ins, c)
+        return c.wave.cluster_barriers.describe(c)
+
+    return Op(run, (), cohort=True, ready=ready, waits_for=waits_for)
 
 
 @instruction("mapa")
@@ -82,7 +86,9 @@ def mapa(ins: Instruction, env: Env) -> Op:
         if generic:
             _check_generic(ins, c, address)
         base = SHARED_WINDOW if generic else 0
-        there = (address & WITHIN_BLOCK) + (rank.astype(np.int64) << RANK_SHIFT) + base
+        # Nobody has the last rank, so what is beyond it goes there.
+        there = (address & WITHIN_BLOCK) + (np.minimum(rank, 0xFF).astype(np.int64) << RANK_SHIFT)
+        there += base
         return there.astype(DTYPES[kind])
 
     return Op(run, ("addr", "u32"), (kind,), cohort=True)

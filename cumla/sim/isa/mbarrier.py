@@ -60,9 +60,9 @@ def _operands(ins: Instruction, *numbers: int) -> int:
     return len(ins.operands)
 
 
-def _words(ins: Instruction, env: Env, found: set[str]) -> Words:
+def _words(ins: Instruction, env: Env, found: set[str], own: bool = False) -> Words:
     space = "shared" if found & OWN else CLUSTER if CLUSTER in found else "generic"
-    return Words(ins, env, space)
+    return Words(ins, env, space, own)
 
 
 def _written(words: Words, c: Cohort, offsets: Array) -> None:
@@ -81,7 +81,7 @@ def _scope(found: set[str]) -> str:
 
 def _init(ins: Instruction, env: Env) -> Op:
     """mbarrier.init{.shared{::cta}}.b64 [addr], count."""
-    words = _words(ins, env, _parse(ins, OWN))
+    words = _words(ins, env, _parse(ins, OWN), own=True)
     _operands(ins, 2)
 
     def run(c: Cohort, address: Array, count: Array) -> None:
@@ -92,7 +92,7 @@ def _init(ins: Instruction, env: Env) -> Op:
 
 def _inval(ins: Instruction, env: Env) -> Op:
     """mbarrier.inval{.shared{::cta}}.b64 [addr]."""
-    words = _words(ins, env, _parse(ins, OWN))
+    words = _words(ins, env, _parse(ins, OWN), own=True)
     _operands(ins, 1)
 
     def run(c: Cohort, address: Array) -> None:
@@ -117,7 +117,7 @@ def _arrive(ins: Instruction, env: Env) -> Op:
     wanted = not isinstance(ins.operands[0], Sink)
     if wanted and CLUSTER in found:
         raise Unsupported("state of an arrival in .shared::cluster; it must be _")
-    words = _words(ins, env, found)
+    words = _words(ins, env, found, own=wanted)
 
     def run(c: Cohort, address: Array, operand: Array = ONE) -> Array:
         count = ONE if expects_tx else operand
@@ -170,7 +170,7 @@ def _wait(ins: Instruction, env: Env) -> Op:
     blocks = ins.modifiers[0] == "try_wait"
     found = _parse(ins, OWN, {"acquire", "relaxed"}, SCOPES, {"parity"})
     hinted = _operands(ins, *((3, 4) if blocks else (3,))) == 4
-    words, scope = _words(ins, env, found), _scope(found)
+    words, scope = _words(ins, env, found, own=True), _scope(found)
     acquires = "relaxed" not in found
     test = _by_parity if "parity" in found else _by_state
     impatient = env.delivery == "random"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from cumla.sim.cohort import RANK_SHIFT, Cohort
@@ -12,24 +11,23 @@ from cumla.sim.memory.faults import Access, fault
 from cumla.sim.memory.spaces import CLUSTER, WITHIN_BLOCK
 
 Array = NDArray[Any]
-or_all = np.bitwise_or.reduce
 
 
-def offsets(access: Access, c: Cohort, address: Array, nbytes: Array | int | None = None) -> Array:
+def offsets(access: Access, c: Cohort, address: Array) -> Array:
     """[n] int64: where in the wave's shared memory (`WaveMemory.shared`) the addresses lie.
 
     Args:
         access: its space is "shared" (of the lane's own block) or "shared::cluster" (of the block
-            whose rank the address has); its `nbytes` is what the address must be a multiple of.
-        nbytes: how many bytes must be the block's from there on; `access.nbytes` if None.
+            whose rank the address has); the address must be a multiple of its `nbytes`.
 
     Raises:
         MemoryFault: misaligned, or not in a block's shared memory.
     """
     wave = c.wave
     within, base = split(access, c, address)
-    size = access.nbytes if nbytes is None else nbytes
-    bad = (within < wave.shared_start) | (within > wave.shared_start + wave.shared_size - size)
+    bad = (within < wave.shared_start) | (
+        within > wave.shared_start + wave.shared_size - access.nbytes
+    )
     bad |= (within & (access.nbytes - 1)) != 0
     if bad.any():
         raise fault(access, c, address)

@@ -165,7 +165,7 @@ class Writer:
             return self.array(immediate(operand, dtype), dtype)
         if isinstance(operand, Symbol):
             name = self.symbol_address(ins, operand, 0)
-            if name not in self.names:  # it differs from block to block
+            if operand.name in self.owner.ranked:
                 cast = self.variable()
                 self.line(f"{cast} = {name}.astype({self.dtype(dtype)})")
                 return cast

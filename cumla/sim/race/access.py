@@ -363,8 +363,13 @@ class Accesses:
             return
         cells, states, gids = cells[fresh], states[fresh], gids[fresh]
         offsets = shadow.offsets(level, cells)
+        slots = None
         if not shadow.paged:
+            # In a cluster it has to be said whose memory it is.
+            slots = offsets // self.stride if shadow.crossed else None
             offsets = offsets % self.stride - self.start
         threads = self.past.clocks.threads.thread[gids]
         unfenced = self.past.unfenced_only(states, gids) if step.proxy else None
-        self.reports.add(shadow.space, offsets, level.width, states, threads, step.site, unfenced)
+        self.reports.add(
+            shadow.space, offsets, level.width, states, threads, step.site, unfenced, slots
+        )

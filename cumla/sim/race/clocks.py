@@ -236,6 +236,12 @@ class Clocks:
         part = self.objects.setdefault(key, {})
         part[block] = self._with(part.get(block, 0), agent, stamp)
 
+    def tell_all(self, key: int, clock: Clock) -> None:
+        """The object of the key gets to know what a clock knows."""
+        known = merged(self.objects_abroad.get(key), clock)
+        assert known is not None
+        self.objects_abroad[key] = known
+
     def learn(self, gid: int, agent: int, stamp: int) -> None:
         """A lane gets to know a copy of its block."""
         self.copies = self._rowed = True

@@ -320,6 +320,10 @@ class RaceDetector:
             if clocks.fenced(gids).any():
                 clocks.release(groups, names, now)
 
+    def release_fenced(self, gids: Array, keys: Array) -> None:
+        """As `release`, of what the lanes' last fences cover: what a relaxed arrival tells."""
+        self._order.release_fenced(gids, keys)
+
     def acquire(self, gids: Array, keys: Array | int) -> None:
         """What was released into the keys happens before what the lanes do from now on."""
         groups, names = by_key(gids, keys, self._layout.lanes)

@@ -267,6 +267,17 @@ class MemoryOrder:
         far = None if self._wide is None or not wide else self._covered(*self._wide.held(gid))
         return near, far
 
+    def release_fenced(self, gids: Array, keys: Array) -> None:
+        """What each lane's fences, of more than its block, cover goes to the object of its key."""
+        for gid, key in zip(gids.tolist(), keys.tolist(), strict=True):
+            _, clock = self._released(gid, False, True)
+            if clock is not None:
+                self.changes += 1
+                self.clocks.tell_all(key, clock)
+                if clock.proxy is not None:
+                    self._use_proxy()
+                    self.proxy.tell_all(key, clock.proxy)
+
     def _covered(self, clock: Clock | None, proxy: Clock | None) -> Clock | None:
         """A clock with what of it proxy fences cover: for equals the same."""
         if clock is None or proxy is None:

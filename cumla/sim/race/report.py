@@ -52,6 +52,7 @@ class Race:
         first, second: in the order in which they were simulated.
         hint: what may be missing.
         count: how often this pair of instructions raced, in words of memory.
+        owner: the block whose shared memory it is, where blocks of a cluster share theirs.
     """
 
     space: str
@@ -61,12 +62,14 @@ class Race:
     second: Access
     hint: str
     count: int = 1
+    owner: Triple | None = None
 
     def __str__(self) -> str:
         first, second = self.first, self.second
         who = "" if first.thread is None else f"by thread {_triple(first.thread)} "
         text = (
-            f"{self.space} memory race at offset {self.offset:#x} ({self.nbytes} bytes): "
+            f"{self.space} memory race at offset {self.offset:#x} ({self.nbytes} bytes)"
+            f"{'' if self.owner is None else f' of block {_triple(self.owner)}'}: "
             f"{first.kind} {who}of block {_triple(first.block)} at {first.line}, then "
         )
         if second.thread is None:
@@ -120,6 +123,7 @@ class History:
 
     Attributes:
         now: the number of the last access, its stamp.
+        blocks: those that run together, as numbers in the grid, by slot.
     """
 
     def __init__(self, layout: Layout, blocks: int) -> None:
@@ -130,6 +134,7 @@ class History:
         self._of = np.zeros(1024, np.uint32)
         self._atomic = np.zeros(64, np.bool_)
         self._turns = np.zeros(blocks, np.int32)
+        self.blocks = np.zeros(0, np.int64)
 
     def site(self, ins: Instruction, kind: str, order: str, scope: str) -> Site:
         """The site of an instruction."""
@@ -177,6 +182,7 @@ class History:
 
     def seat(self, block_ids: Array) -> None:
         """These blocks run together, in the order of the lanes."""
+        self.blocks = np.asarray(block_ids)
         self._turns[block_ids] = np.arange(len(block_ids))
 
     def turn(self, threads: Array) -> Array:
@@ -206,10 +212,12 @@ class Reports:
         threads: Array,
         site: Site,
         unfenced: Array | None = None,
+        slots: Array | None = None,
     ) -> None:
         """Conflicts of a site's accesses by threads with earlier ones that left these states.
 
         unfenced: where what may be missing is a proxy fence.
+        slots: whose shared memory it is, if that is to be said.
         """
         stamps = (states & self.layout.stamps) >> self.layout.stamp_shift
         numbers = self.history.sites_at(stamps)
@@ -235,6 +243,7 @@ class Reports:
                 site,
                 at.shape[0],
                 unfenced is not None and bool(unfenced[i]),
+                None if slots is None else int(self.history.blocks[slots[i]]),
             )
 
     def _apart(self, states: Array, threads: Array) -> Array:
@@ -252,6 +261,7 @@ class Reports:
         site: Site,
         count: int,
         unfenced: bool,
+        owner: int | None,
     ) -> Race:
         layout = self.layout
         before = self.history.site_at((state & layout.stamps) >> layout.stamp_shift)
@@ -259,7 +269,8 @@ class Reports:
         first = self._access(before, other)
         second = self._access(site, thread)
         hint = self._hint(space, state, thread, before, site, unfenced)
-        return Race(space, offset, nbytes, first, second, hint, count)
+        block = None if owner is None else _unravel(owner, self.grid)
+        return Race(space, offset, nbytes, first, second, hint, count, block)
 
     def _access(self, site: Site, thread: int) -> Access:
         local = thread & self.layout.locals

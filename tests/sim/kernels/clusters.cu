@@ -165,10 +165,53 @@ extern "C" __global__ void wrong(u32* out) {
 #elif BUG == 7
     if (rank() == 0) { arrive(); wait(); }
     asm volatile("bar.sync 1, 64;");
+#elif BUG == 9
+    at = load(map(at, 256));
+#elif BUG == 10
+    u64 there;
+    asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"((u64)x), "r"(rank() ^ 1));
+    asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.b64 p, [%1], 0; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(at) : "l"(there & ~7ull) : "memory");
+#elif BUG == 11
+    arrive();
+    if (threadIdx.x & 1) asm volatile("barrier.cluster.wait.acquire.aligned; // odd" ::: "memory");
+    else asm volatile("barrier.cluster.wait.acquire.aligned; // even" ::: "memory");
 #elif BUG == 8
     at = load((at & 0xFFFFFF) - 0x400 | (rank() ^ 1) << 24);
 #endif
     out[threadIdx.x] = at;
     arrive();
     wait();
+}
+
+// A relaxed arrival tells what fences cover. FENCE: 0 none, 1 of mbarrier.init, 2 of all.
+#ifndef FENCE
+#define FENCE 0
+#endif
+extern "C" __global__ void relaxed(u32* out) {
+    __shared__ u32 x[32];
+    __shared__ u64 full;
+    u32 t = threadIdx.x;
+    if (t == 0) asm volatile("mbarrier.init.shared.b64 [%0], 1;" :: "r"(address(&full)) : "memory");
+#if FENCE == 1
+    if (t == 0) asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#elif FENCE == 2
+    x[t] = 100 * rank() + t;
+    asm volatile("fence.acq_rel.cluster;" ::: "memory");
+#endif
+    __syncwarp();
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+    if (t == 0)
+        asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];"  // ARRIVE
+                     :: "r"(map(address(&full), rank() ^ 1)) : "memory");
+    asm volatile("{ .reg .pred p; again: mbarrier.try_wait.parity.acquire.cluster.shared.b64 p, [%0], "
+                 "0; @!p bra again; }" :: "r"(address(&full)) : "memory");
+#if FENCE == 2
+    out[blockIdx.x * 32 + t] = load(map(address(x + t), rank() ^ 1));
+    arrive();
+    wait();
+#else
+    out[blockIdx.x * 32 + t] = t;
+#endif
 }
