@@ -41,6 +41,7 @@ class Target:
         block: the slot whose shared memory it is, or -1.
         barrier: arena offset of the mbarrier that counts the bytes, or NO_BARRIER.
         agent, stamp: what the race detector calls the writes.
+        counter, counted: what it calls the access to the mbarrier.
     """
 
     write: Callable[[Array], None]
@@ -48,6 +49,8 @@ class Target:
     barrier: int = NO_BARRIER
     agent: int = 0
     stamp: int = 0
+    counter: int = 0
+    counted: int = 0
 
 
 @dataclass(slots=True)
@@ -224,6 +227,7 @@ class Bulk:
         if self.wave.race is not None:
             keys, race = found.keys(), self.wave.race
             race.completed_to(keys, c.gids, np.array([target.agent]), target.stamp)
+            race.completed_to(keys, c.gids, np.array([target.counter]), target.counted)
             if transfer.agent != target.agent:  # else its reads come before its writes
                 race.completed_to(keys, c.gids, np.array([transfer.agent]), transfer.stamp)
         found.add_tx(np.array([-transfer.nbytes]))

@@ -18,6 +18,11 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 __device__ __forceinline__ u32 address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 __device__ __forceinline__ u32 peer(const void* p) { return address(p) ^ 1 << 24; }
+__device__ __forceinline__ u64 generic(u32 at) {
+    u64 p;
+    asm("cvta.shared::cluster.u64 %0, %1;" : "=l"(p) : "l"((u64)at));
+    return p;
+}
 __device__ __forceinline__ void meet() {
     asm volatile("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;" ::: "memory");
 }
@@ -39,7 +44,7 @@ extern "C" __global__ void store(const u32* in, u32* out) {
     u32 t = threadIdx.x;
     constexpr int N = BYTES / 4;
     if (t == 0) {
-        asm volatile("mbarrier.init.shared.b64 [%0], 1;" :: "r"(address(&full)) : "memory");
+        asm volatile("mbarrier.init.shared.b64 [%0], 1;" :: "r"(address(&full)) : "memory"); // INIT
         asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;"
                      :: "r"(address(&full)), "r"(EXPECTED) : "memory");
     }
@@ -87,21 +92,24 @@ STORES = {
 }
 
 
-def load(form: str, *options: str) -> sim.LoadedModule:
-    nbytes, operands, registers = STORES[form]
+def stored_source(form: str) -> str:
+    _, operands, registers = STORES[form]
     last = 1 + registers.count("%")
     statement = (
         'asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.'
         f'{form} [%0], {registers}, [%{last}];" :: "r"(to), {operands}, "r"(bar) : "memory");'
     )
-    source = SOURCE.replace("STORE ", statement, 1)
-    return cuda.load(source, f"-DBYTES={nbytes}", '-DKIND="add.u32"', *options)
+    return SOURCE.replace("STORE ", statement, 1)
 
 
-def stored(form: str, *options: str, **how: Any) -> tuple[Any, Any]:
+def compiled(source: str, form: str, *more: str) -> sim.LoadedModule:
+    return cuda.load(source, f"-DBYTES={STORES[form][0]}", '-DKIND="add.u32"', *more)
+
+
+def stored(form: str, *more: str, **how: Any) -> tuple[Any, Any]:
     """What each block got, and what the other gave it."""
     x = np.random.default_rng(0).integers(0, 2**31, (4, 32, STORES[form][0] // 4)).astype(np.uint32)
-    loaded = load(form, *options)
+    loaded = compiled(stored_source(form), form, *more)
     _, out = run(loaded, "store", 4, 32, x, Empty(x.shape, np.uint32), cluster=2, **how)
     return out, x[[1, 0, 3, 2]]
 
@@ -164,3 +172,33 @@ def test_what_must_not_be() -> None:
             Bound(text, "[%r1]", "%r2", "[%r3]")
     with pytest.raises(Unsupported, match="sm_90"):
         Bound(f"{words}.b32", "[%r1]", "%r2", "[%r3]", env=Env(89))
+
+
+@pytest.mark.parametrize("form", ["b32", "v4.b32"])
+def test_generic_addresses(form: str) -> None:
+    """Without .shared::cluster the operands are generic addresses."""
+    x = np.arange(2 * 32 * STORES[form][0] // 4, dtype=np.uint32).reshape(2, 32, -1)
+    source = stored_source(form).replace("complete_tx::bytes." + form, "X." + form, 1)
+    source = source.replace(".shared::cluster.mbarrier::X.", ".mbarrier::complete_tx::bytes.")
+    source = source.replace('"r"(to)', '"l"(generic(to))').replace('"r"(bar)', '"l"(generic(bar))')
+    _, out = run(compiled(source, form), "store", 2, 32, x, Empty(x.shape, np.uint32), cluster=2)
+    assert np.array_equal(out, x[::-1])
+
+
+@pytest.mark.parametrize("delivery", DELIVERIES)
+def test_the_cluster_must_meet_after_the_barriers_were_made(delivery: str) -> None:
+    source = stored_source("b32").replace(
+        "    meet();\n    in +=", "    __syncthreads();\n    in +="
+    )
+    x = np.zeros((2, 32, 1), np.uint32)
+    with pytest.raises(sim.RaceError, match="write by .* then asynchronous arrival") as caught:
+        run(compiled(source, "b32"), "store", 2, 32, x, Empty(x.shape, np.uint32), cluster=2,
+            checks={"race"}, delivery=delivery)  # fmt: skip
+    assert f"k.cu:{cuda.line_of(SOURCE, '// INIT')}" in str(caught.value)
+
+
+def test_barrier_of_another_block() -> None:
+    source = stored_source("b32").replace("bar = peer(&full)", "bar = address(&full)")
+    x = np.zeros((2, 32, 1), np.uint32)
+    with pytest.raises(sim.KernelTrap, match="the mbarrier must be of the block that the data"):
+        run(compiled(source, "b32"), "store", 2, 32, x, Empty(x.shape, np.uint32), cluster=2)

@@ -218,3 +218,47 @@ def test_a_peer_that_leaves_early():
     x = np.arange(64, dtype=np.uint32)
     with pytest.raises(sim.RaceError, match="exit"):
         launch(source, 3, 64, x, np.zeros(192, np.uint32), cluster=3, checks=BOTH)
+
+
+# No block writes its buffer before, so only the barrier tells that the blocks have not met.
+UNMET = (
+    CLUSTER
+    + r"""
+extern "C" __global__ void k(const u32* in, u32* out) {
+    __shared__ __align__(128) u32 buffer[32];
+    __shared__ u64 bar;
+    if (threadIdx.x == 0) {
+        init(&bar, 1);  // INIT
+        expect(&bar, 128);
+    }
+    MEET;
+    if (threadIdx.x == LANE && rank() == 0)
+        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+                     ".multicast::cluster [%0], [%1], 128, [%2], %3;"
+                     :: "r"(shared_address(buffer)), "l"(in), "r"(shared_address(&bar)),
+                        "h"((unsigned short)3) : "memory");
+    wait(&bar, 0);
+    out[blockIdx.x * 32 + threadIdx.x] = buffer[threadIdx.x];
+    meet();
+}
+"""
+)
+
+
+@pytest.mark.parametrize("delivery", DELIVERIES)
+@pytest.mark.parametrize(
+    ("met", "lane", "races"), [("meet()", 5, False), ("__syncthreads()", 0, True), ("", 1, True)]
+)
+def test_barriers_must_have_been_made_before(
+    met: str, lane: int, races: bool, delivery: str
+) -> None:
+    source = UNMET.replace("MEET", met).replace("LANE", str(lane))
+    x = np.arange(32, dtype=np.uint32)
+    how = {"cluster": 2, "checks": BOTH, "delivery": delivery}
+    if not races:
+        _, out = launch(source, 2, 32, x, np.zeros(64, np.uint32), **how)
+        assert np.array_equal(out, np.tile(x, 2))
+        return
+    with pytest.raises(sim.RaceError, match="asynchronous arrival") as caught:
+        launch(source, 2, 32, x, np.zeros(64, np.uint32), **how)
+    assert f"k.cu:{cuda.line_of(HEAD + source, '// INIT')})" in str(caught.value)

@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from cumla.sim.bulk import Target, Transfer
 from cumla.sim.cohort import Cohort
 from cumla.sim.isa.bulk import COMPLETES
-from cumla.sim.isa.bulk_places import STORES, Barrier, queue
+from cumla.sim.isa.bulk_places import STORES, Barrier, queue, tell_counting
 from cumla.sim.isa.table import DTYPES, Env, Op, Unsupported, instruction, needs
 from cumla.sim.memory.arena import WORDS
-from cumla.sim.memory.faults import Access
+from cumla.sim.memory.faults import Access, fault
 from cumla.sim.memory.sequence import atomic, element_dtype
 from cumla.sim.memory.shared import offsets
-from cumla.sim.memory.spaces import CLUSTER
+from cumla.sim.memory.spaces import CLUSTER, SHARED_WINDOW, in_window
 from cumla.sim.memory.words import Words
 from cumla.sim.ptx.syntax import Instruction
 
@@ -95,12 +95,19 @@ def _operation(
     ins: Instruction, env: Env, kind: str, count: int, access: str, change: Change
 ) -> Op:
     width = DTYPES[kind].itemsize * count
-    place = Access(ins, CLUSTER, width, access, env.check_memory)
-    barrier = Barrier(ins, env, CLUSTER)
+    generic = CLUSTER not in ins.modifiers
+    place = Access(ins, CLUSTER, width, access, env.check_memory, SHARED_WINDOW if generic else 0)
+    barrier = Barrier(ins, env, "generic" if generic else CLUSTER)
 
     def run(c: Cohort, address: Array, *rest: Array) -> None:
         *values, mbar = rest
+        if generic:
+            outside = ~in_window(address, CLUSTER)
+            if outside.any():
+                raise fault(place, c, address - SHARED_WINDOW)
+            address = address - SHARED_WINDOW
         to, bars = offsets(place, c, address), barrier.offsets(c, mbar)
+        barrier.must_belong(c, to, bars)
         given = np.stack([c.full(value) for value in values], axis=1)
         data = np.ascontiguousarray(given).view(np.uint8).reshape(c.n, width)
         # What goes from one block to one mbarrier lands together.
@@ -140,4 +147,5 @@ def _issue(
         target.stamp = c.wave.race.asynchronous(
             ins, issuers, agents, "shared", kind, to, np.arange(mine.shape[0]), width, proxy=False
         )
+        tell_counting(ins, c, transfer.gid, target)
     c.wave.bulk.issue(transfer)

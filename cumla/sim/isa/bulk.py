@@ -148,6 +148,7 @@ def _to_shared(ins: Instruction, env: Env, to: str, source: str, rest: list[str]
     def run(c: Cohort, to: Array, start: Array, size: Array, mbar: Array, *more: Array) -> None:
         _check_sizes(ins, c, size)
         offsets, bars = place.offsets(c, to), barrier.offsets(c, mbar)
+        barrier.must_belong(c, offsets, bars)
         froms = taken.offsets(c, start) if taken is not None else offsets
         masks = c.full(more[0]).tolist() if MULTICAST in found else [None] * c.n
         to, froms_program = c.full(to), c.full(start)
@@ -249,6 +250,8 @@ def reduce_bulk(ins: Instruction, env: Env) -> Op:
         offsets, program, goals = taken.offsets(c, source), c.full(source), c.full(to)
         arena = place.offsets(c, to) if place is not None else offsets
         bars = barrier.offsets(c, more[0]) if barrier is not None else offsets
+        if barrier is not None:
+            barrier.must_belong(c, arena, bars)
         for k, (gid, start, length) in enumerate(_lanes(c, to, size)):
             at = int(program[k])
             taken.room(c, k, at, length)

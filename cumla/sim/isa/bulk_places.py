@@ -71,14 +71,32 @@ class Place:
 
 
 class Barrier:
-    """The mbarrier operand of a copy."""
+    """The mbarrier operand of a copy.
+
+    Args:
+        space: "shared::cta", "shared::cluster" or "generic".
+    """
 
     def __init__(self, ins: Instruction, env: Env, space: str) -> None:
-        self.words = Barriers(ins, env, CLUSTER if space == CLUSTER else "shared")
+        self.words = Barriers(ins, env, "shared" if space == "shared::cta" else space)
 
     def offsets(self, c: Cohort, address: Array) -> Array:
         """[n] offsets in the arena of shared memory."""
         return self.words.offsets(c, address)
+
+    def must_belong(self, c: Cohort, to: Array, bars: Array) -> None:
+        """KernelTrap unless each mbarrier is of the block that the data go to."""
+        stride = c.wave.shared_stride
+        apart = to // stride != bars // stride
+        if apart.any():
+            lane = int(np.argmax(apart))
+            raise self.words.trap(
+                c,
+                lane,
+                f"destination {address_of(c, int(to[lane])):#x} and mbarrier "
+                f"{address_of(c, int(bars[lane])):#x} are of different blocks; the mbarrier must "
+                "be of the block that the data go to",
+            )
 
     def must_live(self, c: Cohort, lane: int, targets: list[tuple[Target, Words]]) -> None:
         """KernelTrap unless there is an mbarrier for each target."""
@@ -148,6 +166,28 @@ def tell(
     for target, words in zip(transfer.targets, written, strict=True):
         target.agent = queue(gid if grouped else target.barrier, WRITES if grouped else COUNTED)
         target.stamp = _tell_race(ins, c, gid, target.agent, words, kind)
+        if not grouped:
+            tell_counting(ins, c, gid, target)
+
+
+def tell_counting(ins: Instruction, c: Cohort, gid: int, target: Target) -> None:
+    """Tell the race detector of the access to a target's mbarrier.
+
+    PTX ISA "cp.async.bulk", "st.async": it is made through the generic proxy, with release
+    semantics; so the barrier must have been initialised before.
+    """
+    target.counter = queue(target.barrier, STORES)
+    target.counted = c.wave.race.asynchronous(
+        ins,
+        np.array([gid]),
+        np.array([target.counter]),
+        "shared",
+        "arrival",
+        np.array([target.barrier]),
+        np.zeros(1, np.int64),
+        8,
+        proxy=False,
+    )
 
 
 def queue(number: int, kind: int) -> int:

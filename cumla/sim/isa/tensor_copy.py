@@ -128,6 +128,7 @@ def _load(ins: Instruction, env: Env, rank: int, space: str, rest: list[str]) ->
     def run(c: Cohort, to: Array, address: Array, *more: Array) -> None:
         coordinates, (mbar, *more_operands) = more[:rank], more[rank:]
         offsets, bars = place.offsets(c, to), barrier.offsets(c, mbar)
+        barrier.must_belong(c, offsets, bars)
         masks = c.full(more_operands[0]).tolist() if MULTICAST in rest else [None] * c.n
         to = c.full(to)
         for k, m in enumerate(maps.read(c, address)):

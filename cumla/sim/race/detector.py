@@ -28,6 +28,7 @@ _ASYNCHRONOUS = {
     "read": ("asynchronous read", "weak", "cta"),
     "write": ("asynchronous copy", "weak", "cta"),
     "atomic": ("asynchronous reduction", "relaxed", "gpu"),
+    "arrival": ("asynchronous arrival", "relaxed", "gpu"),
 }
 _LANES_KEPT = 64
 _LOG_SHORT = 1 << 12
@@ -262,7 +263,7 @@ class RaceDetector:
             agents: [m] names of the queues that do the work, any int64: what one does is known up
                 to a stamp. Of a call, a queue that writes has one issuer.
             space: "shared" or "global".
-            kind: "read", "write" or "atomic".
+            kind: "read", "write", "atomic", or "arrival" (of bytes, on an mbarrier).
             offsets: [k] byte offsets in the arena of the space, of nbytes bytes each.
             rows: [k] which of the issuers each is for.
             proxy: they are of the asynchronous proxy; always the same for a queue.

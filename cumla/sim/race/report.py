@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Triple = tuple[int, int, int]
 _READS = ("read", "asynchronous read")
-_ATOMICS = ("atomic", "asynchronous reduction")
+_ATOMICS = ("atomic", "asynchronous reduction", "asynchronous arrival")
 
 
 @dataclass(frozen=True, slots=True)
