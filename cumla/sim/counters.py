@@ -75,7 +75,7 @@ class Row:
         dram_bytes: 32 times the number of distinct sectors touched.
         shared_wavefronts, shared_wavefronts_least: passes over shared memory, and the least that
             would do without bank conflicts.
-        tensor_flops: floating point (or integer) operations of mma.
+        tensor_flops: floating point (or integer) operations of mma and wgmma.
         barrier_waits: warps that waited at barriers.
         bulk_bytes: bytes that bulk and tensor copies wrote to their destinations.
         bulk_sectors: 32-byte sectors of global memory that each of them read or wrote.

@@ -17,7 +17,10 @@ COLUMNS = {
     "dram_bytes": ("DRAM bytes", "distinct bytes of global memory touched, in whole sectors"),
     "wavefronts": ("wavefronts", "passes over shared memory"),
     "wavefront_ratio": ("/ least", "passes over the fewest possible: bank conflicts"),
-    "tensor_flops": ("tensor FLOP", "operations of mma instructions"),
+    "tensor_flops": ("tensor FLOP", "operations of mma and wgmma instructions"),
+    "bulk_bytes": ("bulk bytes", "bytes that bulk and tensor copies wrote"),
+    "bulk_sectors": ("bulk sectors", "32-byte sectors of global memory that they read or wrote"),
+    "multicast": ("multicast", "bytes that multicast did not read again"),
     "barrier_waits": ("waits", "waits of warps at barriers"),
 }
 
@@ -137,6 +140,9 @@ def _cells(row: Mapping[str, Any]) -> str:
         _number(row["shared_wavefronts"]),
         ratios[1],
         _number(row["tensor_flops"]),
+        _number(row["bulk_bytes"]),
+        _number(row["bulk_sectors"]),
+        _number(row["multicast_bytes_saved"]),
         _number(row["barrier_waits"]),
     ]
     return "".join(f"<td>{cell}</td>" for cell in cells)

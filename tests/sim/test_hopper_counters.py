@@ -1,0 +1,56 @@
+"""What is counted of kernels for Hopper: by sizes of matrices, not by how it is counted."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from cumla import sim
+from cumla.sim.profile import page
+from sim import hopper_kernels as hopper
+
+M, N, K = 256, 128, 192
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[sim.Launch]:
+    """The launches of a test, with counters."""
+    launches: list[sim.Launch] = []
+    original = sim.Kernel.launch
+
+    def launch(self: sim.Kernel, *args: Any, **options: Any) -> sim.Launch:
+        launches.append(original(self, *args, **{**options, "counters": True}))
+        return launches[-1]
+
+    monkeypatch.setattr(sim.Kernel, "launch", launch)
+    return launches
+
+
+def test_gemm(counted: list[sim.Launch]) -> None:
+    hopper.gemm(hopper.integers(0, M, K), hopper.integers(1, N, K), checks=())
+    (launch,) = counted
+    assert launch.counters is not None
+    total = launch.counters.total()
+    assert total.tensor_flops == 2 * M * N * K
+    # Each of 2 x 1 blocks loads its rows of A and of B, and stores its part of C.
+    loaded = 2 * K * (M + 2 * N)
+    assert total.bulk_bytes == loaded + 4 * M * N
+    assert total.bulk_sectors == total.bulk_bytes // 32
+    assert total.multicast_bytes_saved == 0
+    text = page(json.loads(launch.counters.to_json()), {})
+    assert f"{total.bulk_bytes:,}" in text
+    assert "bulk sectors" in text
+
+
+def test_multicast(counted: list[sim.Launch]) -> None:
+    hopper.cluster_gemm(hopper.integers(0, M, K), hopper.integers(1, N, K), checks=())
+    (launch,) = counted
+    assert launch.counters is not None
+    total = launch.counters.total()
+    assert total.tensor_flops == 2 * M * N * K
+    # Both blocks of a cluster get all of B; each reads half of it for the two.
+    assert total.multicast_bytes_saved == 2 * K * N
+    assert total.bulk_bytes == 2 * K * (M + 2 * N) + 4 * M * N
+    assert total.bulk_sectors * 32 == total.bulk_bytes - total.multicast_bytes_saved
