@@ -33,6 +33,16 @@ def unit_bytes(m: TensorMap) -> int:
     return INTERLEAVES[m.interleave] or m.itemsize
 
 
+def start_step(m: TensorMap) -> int:
+    """What the first coordinate of a box must be a multiple of.
+
+    Without interleave an H200 calls a load or store that begins anywhere but at a multiple of 16
+    bytes from the tensor's origin, on either side of it, an illegal instruction. Coordinates of
+    slices have no such rule.
+    """
+    return CHUNK // m.itemsize if m.interleave == "none" else 1
+
+
 def counts(m: TensorMap) -> tuple[int, ...]:
     """[rank] how many units a copy moves along each dimension.
 
@@ -156,7 +166,7 @@ def place(m: TensorMap, coordinates: tuple[int, ...], widest: int = CHUNK) -> Pl
 
     Args:
         coordinates: [rank] of its corner, innermost first; they may be negative or beyond the
-            tensor.
+            tensor. The first one is a multiple of `start_step`.
         widest: the widest word that is wanted.
     """
     unit, step = unit_bytes(m), _steps(m)[0]
@@ -165,9 +175,8 @@ def place(m: TensorMap, coordinates: tuple[int, ...], widest: int = CHUNK) -> Pl
     first = min(max(-(inner // step), 0), number)  # units before it have negative coordinates
     last = min(max(-((inner - size) // step), first), number)
     width = widest
-    # Words must not straddle a bound, nor the end of a unit that is not followed by the next.
-    ends = (first * unit, last * unit, number * unit, inner * unit if step == 1 else unit)
-    while any(end % width for end in ends):
+    # Words must not straddle a bound. Tensors, unlike boxes, may end anywhere.
+    while last * unit % width:
         width //= 2
     words = np.arange(0, number * unit, width, dtype=np.int64)
     units = words // unit

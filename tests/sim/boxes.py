@@ -115,9 +115,12 @@ def random_map(rng, base, memory_bytes, *, rank=None, swizzles=PLAIN, types=None
 
 
 def random_start(rng, m):
-    """Coordinates from wholly before the tensor to wholly behind it."""
+    """Legal coordinates from wholly before the tensor to wholly behind it."""
     if rng.random() < 0.3:
         return tuple(0 for _ in m.global_dim)
-    return tuple(
-        int(rng.integers(-b - 1, n + 2)) for b, n in zip(m.box_dim, m.global_dim, strict=True)
-    )
+    start = [int(rng.integers(-b - 1, n + 2)) for b, n in zip(m.box_dim, m.global_dim, strict=True)]
+    if m.interleave == "none":
+        # A multiple of 16 bytes from the tensor's origin.
+        step = 16 // m.itemsize
+        start[0] = start[0] // step * step
+    return tuple(start)

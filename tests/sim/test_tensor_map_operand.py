@@ -47,7 +47,7 @@ def run(device, kernel, *args):
 def test_parameters_and_global_memory(tensor):
     device, array, m = tensor
     run(device, "by_value", m, 0, 4)
-    run(device, "by_address", uploaded(device, m), -2, 4)
+    run(device, "by_address", uploaded(device, m), -4, 4)
     assert not array.get().any()
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from cumla import sim
 from sim.boxes import ATOMS, expected_load, place_in_line, units
-from sim.test_tensor_copy import REGION, Runner
+from sim.tensor_kit import REGION, Runner
 
 TINY = np.float32(2.0**-140)
 
@@ -22,8 +22,8 @@ def test_larger_atoms_of_sm_100(swizzle):
         box_dim=[128, 9], swizzle=swizzle, target="sm_100a",
     )  # fmt: skip
     data = rng.integers(0, 256, REGION, np.uint8)
-    found = runner.load(m, (-3, 4), 384, data)
-    assert np.array_equal(found, expected_load(m, (-3, 4), 384, memory, runner.base, data))
+    found = runner.load(m, (-16, 4), 384, data)
+    assert np.array_equal(found, expected_load(m, (-16, 4), 384, memory, runner.base, data))
     if "FLIP" in swizzle:
         with pytest.raises(sim.KernelTrap, match="which is for loads"):
             runner.run("store_box", m, (0, 4), 384, data.view(np.uint32))
@@ -43,8 +43,21 @@ def test_subnormals_of_reductions(kind, left):
     assert runner.array.get().tolist() == [left] * 64
 
 
-def test_reductions_of_types_that_have_none():
-    runner = Runner(np.zeros(64, np.float64))
+def test_float64_adds_up():
+    """As on an H200, where only normal numbers were tried; .f64 never flushes subnormals."""
+    rng = np.random.default_rng(8)
+    memory = rng.standard_normal(64)
+    memory[:2] = np.inf, 5e-324
+    runner = Runner(memory)
     m = sim.tensor_map(runner.array, box_dim=[64])
-    with pytest.raises(sim.KernelTrap, match=r"reduction \.add of a tensor of float64"):
+    data = rng.standard_normal(REGION // 8)
+    data[:2] = 1.0, 5e-324
+    runner.run("add_box", m, (0,), 0, data.view(np.uint32))
+    assert runner.array.get().tobytes() == (memory + data[:64]).tobytes()
+
+
+def test_reductions_of_types_that_have_none():
+    runner = Runner(np.zeros(64, np.float32))
+    m = sim.tensor_map(runner.array, data_type="tfloat32", box_dim=[64])
+    with pytest.raises(sim.KernelTrap, match=r"reduction \.add of a tensor of tfloat32"):
         runner.run("add_box", m, (0,), 0, np.zeros(REGION // 4, np.uint32))

@@ -1,8 +1,9 @@
 """cp.async.bulk.tensor and cp.reduce.async.bulk.tensor in tile mode.
 
 PTX ISA "Data Movement and Conversion Instructions: Tensor copy". A copy reads its tensor map when
-it is issued; addresses are checked then too. Of what lies outside the tensor, a load gives the
-fill of the map and a store writes nothing; either way an mbarrier counts the whole box.
+it is issued; coordinates and addresses are checked then too. Of what lies outside the tensor, a
+load gives the fill of the map and a store writes nothing; either way an mbarrier counts the whole
+box.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ SHARED_ALIGN = 128
 # The PTX type that a reduction of elements of a data type works on, with and, or, xor on bits.
 KINDS = {
     "uint32": "u32", "int32": "s32", "uint64": "u64", "int64": "s64", "float16": "f16",
-    "bfloat16": "bf16", "float32": "f32", "float32_ftz": "f32",
+    "bfloat16": "bf16", "float32": "f32", "float32_ftz": "f32", "float64": "f64",
 }  # fmt: skip
 BITS = {"uint32": "b32", "int32": "b32", "uint64": "b64", "int64": "b64"}
 
@@ -112,7 +113,7 @@ def _prefetch(ins: Instruction, env: Env, rank: int, rest: list[str]) -> Op:
 
     def run(c: Cohort, address: Array, *coordinates: Array) -> None:
         for k, m in enumerate(maps.read(c, address)):
-            _box(ins, env, c, k, m, _corner(c, coordinates[:rank], k), "read")
+            _box(ins, env, c, k, m, _corner(ins, c, k, m, coordinates[:rank]), "read")
 
     return Op(run, ("addr", *("s32",) * rank, *("b64",) * hinted), cohort=True)
 
@@ -132,7 +133,7 @@ def _load(ins: Instruction, env: Env, rank: int, space: str, rest: list[str]) ->
         masks = c.full(more_operands[0]).tolist() if MULTICAST in rest else [None] * c.n
         to = c.full(to)
         for k, m in enumerate(maps.read(c, address)):
-            source, assemble = _source(ins, env, c, k, m, _corner(c, coordinates, k))
+            source, assemble = _source(ins, env, c, k, m, _corner(ins, c, k, m, coordinates))
             pieces = tensor_box.shared_offsets(m, int(to[k]))
             place.room(c, k, int(to[k]), _extent(m, pieces))
             targets = []
@@ -165,7 +166,7 @@ def _store(ins: Instruction, env: Env, rank: int, hinted: bool, op: str | None) 
         coordinates, start = more[:rank], more[rank]
         offsets, program = taken.offsets(c, start), c.full(start)
         for k, m in enumerate(maps.read(c, address)):
-            corner = _corner(c, coordinates, k)
+            corner = _corner(ins, c, k, m, coordinates)
             if min(corner) < 0 or "FLIP" in m.swizzle:
                 raise _trap(ins, c, k, _no_store(m, corner))
             at, gid = int(program[k]), int(c.gids[k])
@@ -194,8 +195,25 @@ def _no_store(m: TensorMap, corner: tuple[int, ...]) -> str:
 # Of one lane
 
 
-def _corner(c: Cohort, coordinates: tuple[Array, ...], lane: int) -> tuple[int, ...]:
-    return tuple(int(x[lane if x.shape[0] > 1 else 0]) for x in coordinates)
+def _corner(
+    ins: Instruction, c: Cohort, lane: int, m: TensorMap, coordinates: tuple[Array, ...]
+) -> tuple[int, ...]:
+    """The coordinates of a lane's box, checked.
+
+    The rule of `tensor_box.start_step` is measured for loads and stores; that reductions and
+    prefetches follow it, too, is assumed.
+    """
+    corner = tuple(int(x[lane if x.shape[0] > 1 else 0]) for x in coordinates)
+    step = tensor_box.start_step(m)
+    if corner[0] % step:
+        raise _trap(
+            ins,
+            c,
+            lane,
+            f"first coordinate {corner[0]} {_of(m, corner)} is {corner[0] * m.itemsize} bytes from "
+            f"the tensor's origin; it must be a multiple of 16 bytes, which is {step} elements",
+        )
+    return corner
 
 
 def _trap(ins: Instruction, c: Cohort, lane: int, message: str) -> KernelTrap:
