@@ -45,7 +45,10 @@ class Clock:
     def __init__(self, parts: dict[int, Part], lanes: int, proxy: Clock | None = None) -> None:
         self.parts = parts
         self.lanes = lanes
-        self.proxy = proxy
+        if proxy is not None and proxy.proxy is not None:
+            # Nobody asks what of that was covered; kept, it would get longer with every release.
+            proxy = Clock(proxy.parts, lanes)
+        self.proxy: Clock | None = proxy
         self._blocks: Array | None = None
         self._rows: Array | None = None
 
@@ -103,9 +106,12 @@ class Abroad:
         self._clocks[gids] = other._clocks[gids]
         self.names[gids] = other.names[gids]
 
-    def add(self, gid: int, clock: Clock) -> None:
-        """The lane gets to know what a clock knows."""
-        self[gid] = merged(self[gid], clock)
+    def add(self, gids: Array, clock: Clock) -> None:
+        """The lanes get to know what a clock knows."""
+        # Not each lane by itself: those with the same clock go on to have the same one.
+        _, first, which = np.unique(self.names[gids], return_index=True, return_inverse=True)
+        for i, gid in enumerate(gids[first].tolist()):
+            self[gids[which == i]] = merged(self[gid], clock)
 
     def together(self, gids: Array) -> Clock | None:
         """What any of the lanes knows."""

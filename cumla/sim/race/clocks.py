@@ -214,8 +214,7 @@ class Clocks:
                 clock = merged(clock, Clock(others, self.threads.lanes))
             if clock is not None:
                 at = int(groups.starts[i])
-                for gid in groups.gids[at : at + int(groups.counts[i])].tolist():
-                    self.absorb(gid, clock)
+                self.absorb_all(groups.gids[at : at + int(groups.counts[i])], clock)
 
     def _take_rows(self, groups: Groups, theirs: Array) -> None:
         gids = groups.gids
@@ -275,14 +274,23 @@ class Clocks:
 
     def absorb(self, gid: int, clock: Clock) -> None:
         """A lane gets to know what a clock knows."""
-        part = clock.parts.get(int(self.threads.block[gid]))
+        self.absorb_all(np.array([gid]), clock)
+
+    def absorb_all(self, gids: Array, clock: Clock) -> None:
+        """Lanes of one block get to know what a clock knows."""
+        part = clock.parts.get(int(self.threads.block[gids[0]]))
         if part is not None:
-            row = np.maximum(self.rows.data[self.row[gid]], part.row)
-            self.row[gid] = self.rows.add(row[None])[0]
-            self._rowed = True
+            old, which = np.unique(self.row[gids], return_inverse=True)
+            before = self.rows.data[old]
+            rows = np.maximum(before, part.row)
+            fresh = np.flatnonzero((rows != before).any(axis=1))
+            if fresh.shape[0]:
+                old[fresh] = self.rows.add(rows[fresh])
+                self.row[gids] = old[which]
+                self._rowed = True
         if self.abroad is None:
             self.abroad = Abroad(self.row.shape[0])
-        self.abroad.add(gid, clock)
+        self.abroad.add(gids, clock)
 
     def export(self, gid: int, now: int) -> Clock:
         """All that a lane knows."""
