@@ -116,11 +116,6 @@ def shared_offsets(m: TensorMap, address: int) -> Array:
     return _shared_offsets(m, address % SWIZZLE_PERIOD)
 
 
-def shared_extent(m: TensorMap) -> int:
-    """Bytes of shared memory from the box's address on that it may touch."""
-    return prod(counts(m)[1:]) * row_pitch(m)
-
-
 @dataclass(frozen=True, slots=True)
 class Placement:
     """The part of a box that is in bounds, as words of global memory.

@@ -37,6 +37,7 @@ struct alignas(64) Map { u64 words[16]; };
 #define TEXT_(x) #x
 #define TEXT(x) TEXT_(x)
 #define ND TEXT(RANK) "d"
+#define OP TEXT(REDUCTION)
 
 __device__ u32 region(unsigned char* raw) { return (shared_address(raw) + 1023) & ~1023u; }
 
@@ -87,7 +88,7 @@ extern "C" __global__ void store_box(const __grid_constant__ Map map, const int*
     }
 }
 
-extern "C" __global__ void add_box(const __grid_constant__ Map map, const int* start, u32 at,
+extern "C" __global__ void reduce_box(const __grid_constant__ Map map, const int* start, u32 at,
                                    const u32* data) {
     extern __shared__ unsigned char raw[];
     u32 base = region(raw), unused = 0;
@@ -97,7 +98,7 @@ extern "C" __global__ void add_box(const __grid_constant__ Map map, const int* s
     proxy_fence();
     __syncthreads();
     if (threadIdx.x == 0) {
-        asm volatile("cp.reduce.async.bulk.tensor." ND ".global.shared::cta.add.tile" // ADD
+        asm volatile("cp.reduce.async.bulk.tensor." ND ".global.shared::cta." OP ".tile" // REDUCE
                      ".bulk_group [%1, " COORDINATES "], [%0];"
                      :: "r"(base + at), "l"(&map), "r"(unused), VALUES : "memory");
         commit();
@@ -160,8 +161,9 @@ extern "C" __global__ void pipeline(const __grid_constant__ Map in, const __grid
 
 
 @cache
-def ptx(rank):
-    return cuda.ptx(HEAD + SOURCE, "sm_90a", f"-DRANK={rank}")
+def ptx(rank, op="add"):
+    """The kernels for boxes of a rank; `op` is what reduce_box does."""
+    return cuda.ptx(HEAD + SOURCE, "sm_90a", f"-DRANK={rank}", f"-DREDUCTION={op}")
 
 
 class Runner:
@@ -172,11 +174,11 @@ class Runner:
         self.array = self.device.upload(memory, name="tensor")
         self.base = self.array.address
 
-    def run(self, kernel, m, start, at, *more, **how):
-        loaded = self.device.load(ptx(m.rank)).kernel(kernel)
+    def run(self, kernel, m, start, at, *more, op="add", blocks=1, **how):
+        loaded = self.device.load(ptx(m.rank, op)).kernel(kernel)
         first = self.device.upload(np.array(start, np.int32))
         given = [self.device.upload(x) if isinstance(x, np.ndarray) else x for x in more]
-        loaded.launch(1, THREADS, [m, first, at, *given], shared_bytes=REGION + 1024, **how)
+        loaded.launch(blocks, THREADS, [m, first, at, *given], shared_bytes=REGION + 1024, **how)
         return [g.get() for g in given if isinstance(g, sim.DeviceArray)]
 
     def load(self, m, start, at, before, **how):

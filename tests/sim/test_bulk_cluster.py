@@ -102,6 +102,31 @@ def test_multicast_to_a_block_that_has_ended():
                cluster=4)  # fmt: skip
 
 
+@pytest.mark.parametrize("delivery", DELIVERIES)
+def test_multicast_wants_a_barrier_in_every_block(delivery):
+    """It says so at issue, whether or not anybody waits."""
+    source = MULTICAST.replace("if (threadIdx.x == 0) init", "if (threadIdx.x == 0 && r != 2) init")
+    source = source.replace("expect(&bar, bytes * mine)", "if (r == 0) expect(&bar, bytes * mine)")
+    source = source.replace("wait(&bar, 0);", "meet();")
+    x = np.zeros(128, np.uint32)
+    with pytest.raises(sim.KernelTrap, match="no mbarrier at shared 0x2000"):
+        launch(source, 4, 32, x, np.zeros(512, np.uint32), np.array([15, 0, 0, 0], np.uint32), 128,
+               cluster=4, delivery=delivery)  # fmt: skip
+
+
+def test_a_multicast_lands_where_somebody_waits():
+    """Though another block that it goes to has ended, which the race detector would find."""
+    source = MULTICAST.replace("wait(&bar, 0);", "if (r == 1) return; wait(&bar, 0);")
+    source = source.replace("    meet();\n}", "}")
+    x = np.arange(128, dtype=np.uint32)
+    for delivery in DELIVERIES:
+        *_, out, _ = launch(source, 4, 32, x, np.zeros(512, np.uint32),
+                            np.array([15, 0, 0, 0], np.uint32), 128,
+                            cluster=4, delivery=delivery)  # fmt: skip
+        found = out.reshape(4, 4, 32)[:, 0]
+        assert found.tolist() == [x[:32].tolist() if r != 1 else [0] * 32 for r in range(4)]
+
+
 def test_a_block_that_got_too_little_waits_for_ever():
     x = np.zeros(128, np.uint32)
     with pytest.raises(sim.Deadlock, match="bytes missing"):

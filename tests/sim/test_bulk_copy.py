@@ -65,6 +65,25 @@ def test_late_loads_are_seen_only_by_who_waits():
     assert line in (cuda.line_of(HEAD + ROUND_TRIP, "// USE") - k for k in (0, 1))
 
 
+def test_late_loads_read_late():
+    """What is written to a load's source before it is waited for may be what it reads."""
+    source = r"""
+extern "C" __global__ void k(u32* in, u32* out) {
+    __shared__ __align__(16) u32 buffer[4];
+    __shared__ u64 bar;
+    init(&bar, 1);
+    expect(&bar, 16);
+    load(buffer, in, 16, &bar);
+    for (int i = 0; i < 4; ++i) in[i] = 9;
+    wait(&bar, 0);
+    for (int i = 0; i < 4; ++i) out[i] = buffer[i];
+}"""
+    x = np.arange(4, dtype=np.uint32)
+    for delivery, read in (("eager", [0, 1, 2, 3]), ("late", [9] * 4)):
+        _, out = launch(source, 1, 1, x, 0 * x, delivery=delivery)
+        assert out.tolist() == read
+
+
 # Two stores in two groups; the source is changed after N groups were waited for.
 GROUPS = r"""
 extern "C" __global__ void k(u32* out, u32* seen) {

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import ml_dtypes
 import numpy as np
 import pytest
 
 from sim.bulk_kit import DELIVERIES, launch
+from sim.reductions import DTYPES, reduced, values
 
-DTYPES = {
-    "u32": np.uint32, "s32": np.int32, "u64": np.uint64, "s64": np.int64, "b32": np.uint32,
-    "b64": np.uint64, "f32": np.float32, "f64": np.float64, "f16": np.float16,
-    "bf16": ml_dtypes.bfloat16,
-}  # fmt: skip
 GLOBAL = [
     *(("add", kind) for kind in ("u32", "s32", "u64", "f32", "f64", "f16", "bf16")),
     *((op, kind) for op in ("min", "max") for kind in ("u32", "s32", "u64", "s64", "f16", "bf16")),
@@ -23,29 +18,6 @@ SHARED = [
     ("add", "u32"), ("add", "s32"), ("add", "u64"), ("min", "u32"), ("max", "s32"), ("inc", "u32"),
     ("dec", "u32"), ("and", "b32"), ("or", "b32"), ("xor", "b32"),
 ]  # fmt: skip
-
-
-def reduced(op, kind, old, new):
-    """What an element of the destination becomes."""
-    if op == "inc":
-        return np.where(old >= new, 0, old + np.uint32(1)).astype(old.dtype)
-    if op == "dec":
-        return np.where((old == 0) | (old > new), new, old - np.uint32(1)).astype(old.dtype)
-    functions = {
-        "add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and,
-        "or": np.bitwise_or, "xor": np.bitwise_xor,
-    }  # fmt: skip
-    with np.errstate(over="ignore"):
-        return functions[op](old, new)
-
-
-def values(rng, kind, n):
-    dtype = np.dtype(DTYPES[kind])
-    if dtype.kind in "ui":
-        few = rng.integers(0, 4, n).astype(dtype)
-        return np.where(rng.random(n) < 0.5, few, rng.integers(0, 1 << 62, n).astype(dtype))
-    scales = rng.choice([1.0, 2.0**-130, 2.0**-14] if kind == "f32" else [1.0, 2.0**-5], n)
-    return (rng.standard_normal(n) * scales).astype(dtype)
 
 
 TO_GLOBAL = r"""

@@ -55,10 +55,21 @@ def test_random_boxes(rank, seed):
     each = shared + offsets[:, None] + np.arange(piece)
     expected = [place_in_line(m.swizzle, to + k) for _, _, to, n in wanted for k in range(n)]
     assert each.reshape(-1).tolist() == expected
-    # The extent may end in the middle of a swizzled line, whose chunks lie anywhere in it.
-    line = 128 if m.swizzle != "none" else 1
-    assert offsets.max() < -(-tensor_box.shared_extent(m) // line) * line
-    assert offsets.min() >= 0
+
+
+@pytest.mark.parametrize("first", range(-10, 9))
+def test_slices_with_a_stride_at_either_end(first):
+    """A box of every third slice of 8; from before the tensor it may miss the first."""
+    m = sim.tensor_map(
+        BASE, data_type="uint8", global_dim=[8, 2, 1], global_strides=[128, 256],
+        box_dim=[16, 1, 1], element_strides=[3, 1, 1], interleave="16B",
+    )  # fmt: skip
+    at = tensor_box.place(m, (first, 1, 0))
+    found = dict(zip(range(0, 6 * 16, at.width), at.columns.tolist(), strict=True))
+    inside = [0 <= first + 3 * k < 8 for k in range(6)]
+    assert found == {k * at.width: inside[k * at.width // 16] for k in range(len(found))}
+    wanted = [BASE + 128 + 16 * (first + 3 * k) for k in range(6) if inside[k]]
+    assert [a for a in at.addresses.reshape(-1).tolist() if a % 16 == 0] == wanted
 
 
 def test_coordinates_of_a_byte():

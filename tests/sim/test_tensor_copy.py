@@ -69,25 +69,6 @@ def test_stores(rank, seed):
     assert np.array_equal(runner.array.get(), wanted)
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_reductions(seed):
-    rng = np.random.default_rng(seed)
-    memory = rng.integers(0, 1 << 31, 1 << 12, np.int32)
-    runner = Runner(memory)
-    data = rng.integers(-(1 << 31), 1 << 31, REGION // 4, np.int64).astype(np.int32)
-    m = random_map(rng, runner.base, memory.nbytes, types=["int32"])
-    while m.interleave != "none":
-        m = random_map(rng, runner.base, memory.nbytes, types=["int32"])
-    start = tuple(max(x, 0) for x in random_start(rng, m))
-    runner.run("add_box", m, start, 128, data.view(np.uint32), delivery=DELIVERIES[seed % 3])
-    wanted = memory.copy()
-    for _, to, source, _ in units(m, start, 128):
-        if to is not None:
-            with np.errstate(over="ignore"):
-                wanted[(to - runner.base) // 4] += data[place_in_line(m.swizzle, source) // 4]
-    assert np.array_equal(runner.array.get(), wanted)
-
-
 def test_tf32_rounds_on_load():
     memory = np.array([1.0, 1.0 + 2**-11, 1.0 + 3 * 2**-11, np.pi] * 8, np.float32)
     runner = Runner(memory)

@@ -56,6 +56,14 @@ def test_reads_of_unwritten_and_freed_memory():
     fails(sim.MemoryFault, runner, m, (0, 2), 0, "use after free")
 
 
+def test_stores_of_unwritten_memory():
+    runner = Runner(np.zeros((16, 64), np.uint8))
+    m = sim.tensor_map(runner.array, box_dim=[64, 4])
+    # The kernel fills only the bytes before REGION.
+    match = rf"read of unwritten memory: .*{0x400 + REGION:#x}.*of a box of 64 x 4 uint8"
+    fails(sim.MemoryFault, runner, m, (0, 2), REGION, match, "store_box")
+
+
 def test_unchecked_loads_only_stop_at_the_end_of_memory():
     runner = Runner(np.arange(64, dtype=np.uint8))
     m = sim.tensor_map(runner.base, data_type="uint8", global_dim=[256], box_dim=[256])
@@ -104,7 +112,7 @@ MISPLACED = [
 
 
 @pytest.mark.parametrize(("kind", "first", "off", "step"), MISPLACED)
-@pytest.mark.parametrize("kernel", ["load_box", "store_box", "add_box", "prefetch_box"])
+@pytest.mark.parametrize("kernel", ["load_box", "store_box", "reduce_box", "prefetch_box"])
 def test_boxes_begin_at_multiples_of_16_bytes(kernel, kind, first, off, step):
     runner = Runner(np.zeros(1 << 12, np.uint8))
     m = sim.tensor_map(
