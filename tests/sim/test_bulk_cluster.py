@@ -172,6 +172,19 @@ def test_tensor_multicast(delivery):
     assert np.array_equal(out.reshape(2, 8, 32), np.stack([x[:8, 8:40]] * 2))
 
 
+@pytest.mark.parametrize("delivery", DELIVERIES)
+def test_a_copy_lands_though_a_neighbour_has_ended(delivery):
+    source = TENSOR.replace("mask = 3", "mask = 1 << r").replace("(&bar, 1024)", "(&bar, 512)")
+    source = source.replace("wait(&bar, 0);", "if (rank() == 0) return; wait(&bar, 0);")
+    source = source.replace("    meet();\n}", "}")
+    x = np.arange(16 * 64, dtype=np.uint32).reshape(16, 64)
+    device = sim.Device("sm_90a", memory_bytes=1 << 22)
+    m = sim.tensor_map(device.upload(x), box_dim=[32, 4])
+    (out,) = launch(source, 2, 32, m, np.zeros(512, np.uint32), cluster=2, device=device,
+                    delivery=delivery, checks=())  # fmt: skip
+    assert np.array_equal(out[384:].reshape(4, 32), x[4:8, 8:40])
+
+
 def test_counters_of_multicast():
     x = np.arange(16 * 64, dtype=np.uint32).reshape(16, 64)
     device = sim.Device("sm_90a", memory_bytes=1 << 22)

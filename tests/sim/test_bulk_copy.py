@@ -82,6 +82,12 @@ extern "C" __global__ void k(u32* in, u32* out) {
     for delivery, read in (("eager", [0, 1, 2, 3]), ("late", [9] * 4)):
         _, out = launch(source, 1, 1, x, 0 * x, delivery=delivery)
         assert out.tolist() == read
+    source = source.replace("for (int", "commit(); for (int", 1)  # some more chances
+    found = {
+        launch(source, 1, 1, x, 0 * x, delivery="random", seed=seed)[1].tobytes()
+        for seed in range(12)
+    }
+    assert found == {x.tobytes(), np.full(4, 9, np.uint32).tobytes()}
 
 
 # Two stores in two groups; the source is changed after N groups were waited for.
@@ -129,6 +135,9 @@ def test_groups(wait, out, seen):
             assert all(g in (a, b) for g, a, b in zip(got.tolist(), first, last, strict=True))
         found.add((tuple(stored.tolist()), tuple(read.tolist())))
     assert len(found) > (wait != "wait_group<0>()")
+    if wait == "wait_group<2>()":
+        # A store may have read its source, but not written yet.
+        assert any(out[:4] == (1, 2, 3, 4) and seen[:4] == (0,) * 4 for out, seen in found)
 
 
 def test_groups_are_of_a_thread():
@@ -199,6 +208,25 @@ extern "C" __global__ void k(const u32* in, u32 bytes) {
         launch(source, 1, 1, x, 272)
     with pytest.raises(sim.KernelTrap, match="size 40 of a bulk copy"):
         launch(source, 1, 1, x, 40)
+
+
+def test_a_byte_mask_chooses_bytes_of_each_chunk():
+    source = r"""
+extern "C" __global__ void k(unsigned char* out) {
+    __shared__ __align__(16) unsigned char buffer[64];
+    for (int i = 0; i < 64; ++i) buffer[i] = i + 1;
+    proxy_fence();
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group.cp_mask [%0], [%1], 48, %2;"
+                 :: "l"(out), "r"(shared_address(buffer)), "h"((unsigned short)0x80f1)
+                 : "memory");
+    commit();
+    wait_group<0>();
+}"""
+    device = sim.Device("sm_100a", memory_bytes=1 << 20)
+    out = device.upload(np.zeros(64, np.uint8))
+    device.load(cuda.ptx(HEAD + source, "sm_100a")).kernel("k").launch(1, 1, [out])
+    chosen = [0x80F1 >> (i % 16) & 1 if i < 48 else 0 for i in range(64)]
+    assert out.get().tolist() == [(i + 1) * c for i, c in enumerate(chosen)]
 
 
 # What goes wrong
