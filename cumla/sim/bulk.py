@@ -18,8 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cumla.sim.cohort import Cohort
-from cumla.sim.mbarriers import Found
-from cumla.sim.mbarriers import Words as Barriers
+from cumla.sim.mbarriers import Found, Mbarriers
 from cumla.sim.memory.words import Words
 
 if TYPE_CHECKING:
@@ -69,7 +68,7 @@ class Transfer:
     """
 
     gid: int
-    barriers: Barriers | None
+    barriers: Mbarriers | None
     source: Words | None
     targets: list[Target]
     nbytes: int

@@ -51,7 +51,7 @@ def phase_key(offset: Array, phase: Array) -> Array:
     return ((offset >> 3) + 1) << 32 | (phase & 0xFFFFFFFF)
 
 
-class Words:
+class Mbarriers:
     """The way of one instruction to mbarriers.
 
     Args:
@@ -162,7 +162,7 @@ class Found:
         phases: [u] number of the current phase.
     """
 
-    def __init__(self, words: Words, c: Cohort, lane_offsets: Array) -> None:
+    def __init__(self, words: Mbarriers, c: Cohort, lane_offsets: Array) -> None:
         self.words = words
         self.c = c
         self.lane_offsets = lane_offsets

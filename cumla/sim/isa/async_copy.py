@@ -19,7 +19,7 @@ from cumla.sim.errors import KernelTrap
 from cumla.sim.isa.bulk import bulk, reduce_bulk
 from cumla.sim.isa.table import Env, Op, Unsupported, instruction
 from cumla.sim.isa.tensor_copy import reduce_tensor, tensor
-from cumla.sim.mbarriers import Found, Words
+from cumla.sim.mbarriers import Found, Mbarriers
 from cumla.sim.memory.access import reader, writer
 from cumla.sim.memory.arena import WORDS
 from cumla.sim.memory.faults import Access, fault
@@ -224,7 +224,7 @@ def _mbarrier_arrive(ins: Instruction, env: Env) -> Op:
     if len(ins.operands) != 1:
         raise Unsupported(f"{ins.name!r} with {len(ins.operands)} operands")
     increments = middle == spaces
-    words = Words(ins, env, "shared" if spaces else "generic")
+    words = Mbarriers(ins, env, "shared" if spaces else "generic")
 
     def arrive(c: Cohort, at: Array) -> None:
         barriers = Found(words, c, at)

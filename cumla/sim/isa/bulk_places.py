@@ -11,7 +11,7 @@ from cumla.sim.bulk import NO_BARRIER, Target, Transfer
 from cumla.sim.cohort import Cohort
 from cumla.sim.errors import KernelTrap, MemoryFault
 from cumla.sim.isa.table import Env
-from cumla.sim.mbarriers import Words as Barriers
+from cumla.sim.mbarriers import Mbarriers
 from cumla.sim.memory.faults import Access
 from cumla.sim.memory.shared import address_of, offsets
 from cumla.sim.memory.spaces import CLUSTER
@@ -78,7 +78,7 @@ class Barrier:
     """
 
     def __init__(self, ins: Instruction, env: Env, space: str) -> None:
-        self.words = Barriers(ins, env, "shared" if space == "shared::cta" else space)
+        self.words = Mbarriers(ins, env, "shared" if space == "shared::cta" else space)
 
     def offsets(self, c: Cohort, address: Array) -> Array:
         """[n] offsets in the arena of shared memory."""

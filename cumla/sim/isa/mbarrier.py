@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from cumla.sim.cohort import Cohort
 from cumla.sim.errors import KernelTrap
 from cumla.sim.isa.table import Env, Op, Unsupported, instruction, needs
-from cumla.sim.mbarriers import COUNT_BITS, LARGEST, Found, Words, phase_key
+from cumla.sim.mbarriers import COUNT_BITS, LARGEST, Found, Mbarriers, phase_key
 from cumla.sim.memory.spaces import CLUSTER
 from cumla.sim.ptx.syntax import Instruction, Sink
 
@@ -60,12 +60,12 @@ def _operands(ins: Instruction, *numbers: int) -> int:
     return len(ins.operands)
 
 
-def _words(ins: Instruction, env: Env, found: set[str], own: bool = False) -> Words:
+def _words(ins: Instruction, env: Env, found: set[str], own: bool = False) -> Mbarriers:
     space = "shared" if found & OWN else CLUSTER if CLUSTER in found else "generic"
-    return Words(ins, env, space, own)
+    return Mbarriers(ins, env, space, own)
 
 
-def _written(words: Words, c: Cohort, offsets: Array) -> None:
+def _written(words: Mbarriers, c: Cohort, offsets: Array) -> None:
     """Tell the race detector that barriers begin or end."""
     if words.check_race:
         c.wave.race.access(words.ins, c, "shared", offsets, 8, "write", "weak", "cta")
@@ -205,7 +205,7 @@ def _wait(ins: Instruction, env: Env) -> Op:
     return Op(run, kinds, ("pred",), cohort=True, ready=ready, waits_for=waits_for)
 
 
-def _by_parity(words: Words, barriers: Found, parity: Array) -> Array:
+def _by_parity(words: Mbarriers, barriers: Found, parity: Array) -> Array:
     """Whether the phase of this parity, the current one or the one before, is complete.
 
     PTX ISA has 0 and 1 only. Triton passes -1 for 1, and GPUs look at the lowest bit.
@@ -213,7 +213,7 @@ def _by_parity(words: Words, barriers: Found, parity: Array) -> Array:
     return barriers.spread(barriers.phases & 1).astype(np.uint32) != (parity & 1)
 
 
-def _by_state(words: Words, barriers: Found, state: Array) -> Array:
+def _by_state(words: Mbarriers, barriers: Found, state: Array) -> Array:
     """Whether the phase of the arrival that returned this state is complete."""
     age = barriers.spread(barriers.phases) - (state >> np.uint64(COUNT_BITS)).view(np.int64)
     bad = (age < 0) | (age > 1)
@@ -229,7 +229,7 @@ def _by_state(words: Words, barriers: Found, state: Array) -> Array:
     return done
 
 
-def _wrong(words: Words, barriers: Found, bad: Array, message: str) -> KernelTrap:
+def _wrong(words: Mbarriers, barriers: Found, bad: Array, message: str) -> KernelTrap:
     return words.trap(barriers.c, int(np.argmax(bad)), message)
 
 
