@@ -2,7 +2,10 @@
 
 PTX ISA "wgmma.mma_async": D is written, and operands are read, at any time before a wait for the
 group that the instruction was committed to. `delivery` chooses when: "eager" at issue; "late" when
-it is waited for; "random" somewhere in between. What one warp issued is done in order.
+it is waited for; "random" somewhere in between. What a warpgroup issued is done in order, each
+operation at once for all four warps: PTX ISA "wgmma.commit_group": there is one group for the
+warpgroup, so it is complete for all of them when one has waited for it. But only warps that have
+waited may use their registers.
 
 A register is an array of one value for each lane, and a register of D in flight is a row of its
 operation's buffer, which is filled in place when the operation lands. So whatever merely holds the
@@ -13,9 +16,9 @@ such a copy is kept here with a tag for each lane that says which row of which o
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +37,14 @@ LANES = WARPS * WARP
 TAG_ROWS = 1024
 
 
+def numbers(wave: Wave, gids: Array) -> Array:
+    """The number in the wave of each lane's warpgroup; the last of a block may be short."""
+    lanes = wave.lanes_per_block
+    if lanes % LANES == 0:
+        return gids >> 7
+    return gids // lanes * -(-lanes // LANES) + (gids % lanes >> 7)
+
+
 @dataclass(slots=True, eq=False)
 class Operation:
     """A wgmma.mma_async of some warpgroups.
@@ -49,8 +60,11 @@ class Operation:
         old: the registers that D had before, or None if they are not taken up.
         taken_up: a later operation has taken up its D.
         tell: called with the lanes of warps that have waited for it, or None.
+        sources: numbers of the operations whose D may be among `old`.
+        copies: of registers of D, by the id of the array.
         groups: [warps] the group of each warp that it is in, counted from 0.
-        landed, completed: [warps] whose D is written; who has waited for that.
+        landed: [warpgroups] whose D is written.
+        completed: [warps] who has waited for that.
     """
 
     ins: Instruction
@@ -63,6 +77,8 @@ class Operation:
     tell: Callable[[Array], None] | None
     number: int = 0
     taken_up: bool = False
+    sources: frozenset[int] = frozenset()
+    copies: dict[int, _Copy] = field(default_factory=dict)
     warps: Array = field(default_factory=lambda: np.zeros(0, np.int64))
     groups: Array = field(default_factory=lambda: np.zeros(0, np.int32))
     landed: Array = field(default_factory=lambda: np.zeros(0, np.bool_))
@@ -73,31 +89,36 @@ class Operation:
         tag = self.number * TAG_ROWS + row
         return np.repeat(np.where(self.completed, 0, tag), WARP)
 
-    def land(self, warps: Array) -> None:
-        """Write D of the warps where the mask is true."""
-        if warps.all():
-            self.buffer[:] = self.work(np.ones(warps.shape[0] // WARPS, np.bool_))
-        else:
-            chosen = warps.reshape(-1, WARPS)
-            groups: Array = np.asarray(chosen.any(axis=1))
-            made = self.work(groups)[:, np.repeat(chosen[groups].reshape(-1), WARP)]
-            self.buffer[:, np.repeat(warps, WARP)] = made
-        self.landed |= warps
+    def land(self, groups: Array) -> None:
+        """Write D of the warpgroups where the mask is true."""
+        lanes: Any = slice(None) if groups.all() else np.repeat(groups, LANES)
+        self.buffer[:, lanes] = self.work(groups)
+        self.landed |= groups
 
-    def refresh(self, warps: Array) -> None:
-        """D of warps that has not landed holds what it was, which has been written meanwhile."""
+    def refresh(self) -> None:
+        """D that has not landed holds what it was, which has been written meanwhile."""
         if self.old is not None:
-            lanes = np.repeat(warps, WARP)
+            lanes = np.repeat(~self.landed, LANES)
             for row, old in zip(self.buffer.view(np.uint32), self.old, strict=True):
                 row[lanes] = old.view(np.uint32)[lanes if old.shape[0] > 1 else [0]]
 
+    def follow(self) -> None:
+        """Give copies of D the values that it has now."""
+        buffer = self.buffer.view(np.uint32)
+        for copy in list(self.copies.values()):
+            values = copy.values()
+            if values is not None:
+                lanes, columns = copy.places(self)
+                values.view(np.uint32)[lanes] = buffer[copy.tags[lanes] % TAG_ROWS, columns]
 
-class _Copy(NamedTuple):
+
+@dataclass(slots=True, eq=False)
+class _Copy:
     """A copy of registers in flight, as long as somebody holds it.
 
     Attributes:
         values: [n] of 32 bits.
-        gids, tags: [n] its lanes and their tags.
+        gids, tags: [n] its lanes, and the tags that they had when it was made.
         numbers: of the operations that tags may name.
     """
 
@@ -105,6 +126,16 @@ class _Copy(NamedTuple):
     gids: Array
     tags: Array
     numbers: frozenset[int]
+    found: dict[int, tuple[Array, Array]] = field(default_factory=dict)
+
+    def places(self, operation: Operation) -> tuple[Array, Array]:
+        """Which lanes are D of an operation, and which columns of it they are."""
+        found = self.found.get(operation.number)
+        if found is None:
+            lanes = np.flatnonzero(self.tags // TAG_ROWS == operation.number)
+            found = lanes, np.searchsorted(operation.gids, self.gids[lanes])
+            self.found[operation.number] = found
+        return found
 
 
 class Warpgroups:
@@ -133,22 +164,23 @@ class Warpgroups:
         operation.number = self._issued
         operation.warps = operation.gids[::WARP] >> 5
         operation.groups = self.committed[operation.warps]
-        operation.landed = np.zeros(operation.warps.shape, np.bool_)
+        operation.landed = np.zeros(operation.warps.shape[0] // WARPS, np.bool_)
         operation.completed = np.zeros(operation.warps.shape, np.bool_)
+        operation.sources = self._operations_of(operation.old or ())
         self._operations.append(operation)
         self._buffers[id(operation.buffer)] = operation
         self._numbers[operation.number] = operation
         self.under_way = True
         if self.delivery == "eager":
-            operation.land(np.ones(operation.warps.shape, np.bool_))
+            operation.land(~operation.landed)
         elif self.delivery == "random":
-            self._chance(operation.warps)
+            self._chance(operation.gids)
 
     def commit(self, c: Cohort) -> None:
         """What the warps issued since they last committed is a group."""
         self.committed[c.warps] += 1
         if self.delivery == "random" and self.under_way:
-            self._chance(c.warps)
+            self._chance(c.gids)
 
     def wait(self, c: Cohort, newest: int) -> None:
         """Complete all groups of the warps but the `newest`."""
@@ -169,60 +201,46 @@ class Warpgroups:
         self._limits[warps] = 0
         self._forget()
         if self.delivery == "random" and self.under_way:
-            self._chance(warps)
+            self._chance(c.gids)
 
-    def _chance(self, warps: Array) -> None:
-        """Random delivery: of each warp, the operations up to some one land now."""
-        last = np.zeros(self.committed.shape, np.int64)
-        mine = [o.number for o in self._operations]
+    def _chance(self, gids: Array) -> None:
+        """Random delivery: of each warpgroup, the operations up to some one land now."""
+        mine = [o.number for o in self._operations if not o.landed.all()]
         if mine:
-            chosen = self.wave.rng.choice([0, *mine], warps.shape[0] // WARPS or 1)
-            last[warps] = np.resize(np.repeat(chosen, WARPS), warps.shape)
+            groups, which = np.unique(numbers(self.wave, gids[::WARP]), return_inverse=True)
+            last = np.zeros(self.committed.shape, np.int64)
+            last[gids[::WARP] >> 5] = self.wave.rng.choice([0, *mine], groups.shape)[which]
             self._land(lambda operation: operation.number <= last[operation.warps])
 
     def _land(self, choose: Callable[[Operation], Array]) -> None:
-        landed = False
+        """Land an operation for the warpgroups of which a warp is chosen."""
+        changed: set[int] = set()
         for operation in self._operations:
-            now = choose(operation) & ~operation.landed
+            if operation.landed.all():
+                continue
+            now = choose(operation).reshape(-1, WARPS).any(axis=1) & ~operation.landed
             if now.any():
                 operation.land(now)
-                self._follow()  # a later operation may take up a copy
-                landed = True
-        if landed:
-            for operation in self._operations:
-                if not operation.landed.all():
-                    operation.refresh(~operation.landed)
-            self._follow()
-
-    def _follow(self) -> None:
-        """Give copies the values that their registers have now."""
-        for copy in list(self._copies.values()):
-            values = copy.values()
-            if values is not None:
-                for operation, lanes, columns in self._named(copy):
-                    rows = copy.tags[lanes] % TAG_ROWS
-                    now = operation.buffer.view(np.uint32)[rows, columns]
-                    values.view(np.uint32)[lanes] = now
-
-    def _named(self, copy: _Copy) -> Iterator[tuple[Operation, Array, Array]]:
-        """The operations that a copy's tags name, for which lanes, and where these are in D."""
-        for number in copy.numbers & self._numbers.keys():
-            operation = self._numbers[number]
-            lanes = np.flatnonzero(copy.tags // TAG_ROWS == number)
-            yield operation, lanes, np.searchsorted(operation.gids, copy.gids[lanes])
+            if not operation.sources.isdisjoint(changed) and not operation.landed.all():
+                operation.refresh()
+            elif not now.any():
+                continue
+            changed.add(operation.number)
+            operation.follow()  # a later operation may take up a copy
 
     def _forget(self) -> None:
         """Let go of what has been waited for."""
-        for key, copy in list(self._copies.items()):
-            for operation, lanes, columns in self._named(copy):
-                copy.tags[lanes[operation.completed[columns // WARP]]] = 0
-            if not copy.tags.any():
-                self._copies.pop(key, None)
+        kept = []
         for operation in self._operations:
             if operation.completed.all():
                 del self._buffers[id(operation.buffer)], self._numbers[operation.number]
-        self._operations = [o for o in self._operations if not o.completed.all()]
-        self.under_way = bool(self._operations)
+                for key, copy in operation.copies.items():
+                    if copy.numbers.isdisjoint(self._numbers):
+                        self._copies.pop(key, None)
+            else:
+                kept.append(operation)
+        self._operations = kept
+        self.under_way = bool(kept)
 
     # Which registers are in flight.
 
@@ -236,7 +254,20 @@ class Warpgroups:
             tags = operation.tags((at - start) // operation.buffer.strides[0])
             return tags if tags.any() else None
         copy = self._copies.get(id(owner))
-        return None if copy is None or not copy.tags.any() else copy.tags
+        return None if copy is None else self._still(copy)
+
+    def _still(self, copy: _Copy) -> Array | None:
+        """[n] the tags of a copy that have not been waited for, or None if there are none."""
+        tags = copy.tags
+        for number in copy.numbers:
+            operation = self._numbers.get(number)
+            if operation is None:
+                tags = np.where(tags // TAG_ROWS == number, 0, tags)
+            elif operation.completed.any():
+                lanes, columns = copy.places(operation)
+                tags = tags.copy()
+                tags[lanes[operation.completed[columns // WARP]]] = 0
+        return tags if tags.any() else None
 
     def operation(self, tag: int) -> Operation:
         """The operation of a tag that is not 0."""
@@ -251,8 +282,7 @@ class Warpgroups:
             None; or the place of a register among them that is D of another shape, for which
             lanes, and of which operation.
         """
-        numbers = frozenset().union(*(self._operations_of(r) for r in registers))
-        found = [self._numbers[number] for number in numbers & self._numbers.keys()]
+        found = [self._numbers[number] for number in self._operations_of(registers)]
         for operation in found:
             operation.taken_up = True
         if all(operation.shape == shape for operation in found):
@@ -264,13 +294,16 @@ class Warpgroups:
                     return place, tags == tag, self.operation(tag)
         return None
 
-    def _operations_of(self, register: Array) -> frozenset[int]:
-        """Numbers of the operations of which a register may be D."""
-        owner = id(register if register.base is None else register.base)
-        if owner in self._buffers:
-            return frozenset((self._buffers[owner].number,))
-        copy = self._copies.get(owner)
-        return frozenset() if copy is None else copy.numbers
+    def _operations_of(self, registers: Sequence[Array]) -> frozenset[int]:
+        """Numbers of the operations under way of which some of the registers may be D."""
+        found: set[int] = set()
+        for register in registers:
+            owner = id(register if register.base is None else register.base)
+            if owner in self._buffers:
+                found.add(self._buffers[owner].number)
+            elif owner in self._copies:
+                found |= self._copies[owner].numbers & self._numbers.keys()
+        return frozenset(found)
 
     def picked(self, register: Array, mask: Array, gids: Array, made: Array) -> None:
         """`made` is a new array of the lanes of a register where mask is true: `gids`."""
@@ -303,9 +336,18 @@ class Warpgroups:
     def _keep(self, made: Array, gids: Array, tags: Array, sources: Sequence[Array]) -> None:
         if tags.any():
             key = id(made)
-            numbers = frozenset().union(*(self._operations_of(r) for r in sources))
-            values = weakref.ref(made, lambda _: self._copies.pop(key, None))
-            self._copies[key] = _Copy(values, gids, tags, numbers)
+            values = weakref.ref(made, lambda _: self._lose(key))
+            copy = _Copy(values, gids, tags, self._operations_of(sources))
+            self._copies[key] = copy
+            for number in copy.numbers:
+                self._numbers[number].copies[key] = copy
+
+    def _lose(self, key: int) -> None:
+        """Nobody holds a copy any more."""
+        copy = self._copies.pop(key, None)
+        for number in () if copy is None else copy.numbers:
+            if number in self._numbers:
+                self._numbers[number].copies.pop(key, None)
 
     # What must not be done with them: called only with the race check.
 

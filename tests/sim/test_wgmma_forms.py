@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from cumla import sim
@@ -81,7 +83,12 @@ def test_other_forms_that_do_not_exist(text):
         sim.Device("sm_90a").load(source)
 
 
-def test_only_hopper_has_it():
-    text = kit.text(Case(8, "f32", "f16", "f16"), "sm_100a")
-    with pytest.raises(sim.UnsupportedPTX, match="wgmma on sm_100; only sm_90a has it"):
-        sim.Device("sm_100a").load(text)
+@pytest.mark.parametrize(
+    ("target", "found"), [("sm_100a", "sm_100a"), ("sm_90", "sm_90 without a suffix")]
+)
+def test_only_sm_90a_has_it(target, found):
+    text = kit.text(Case(8, "f32", "f16", "f16"), target)
+    with pytest.raises(sim.UnsupportedPTX) as caught:
+        sim.Device(target).load(text)
+    for name in ("fence", "mma_async", "commit_group", "wait_group"):
+        assert re.search(rf"wgmma.{name}\S* needs .target sm_90a, not {found}", str(caught.value))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -267,7 +267,3 @@ def tame(case: Case, rng: Any, nbytes: int) -> Any:
     dtype = TYPES[case.a]
     values = rng.integers(0 if "u8" in (case.a, case.b) else -4, 5, nbytes // WIDTH[case.a])
     return values.astype(np.float32).astype(dtype).view(np.uint8)
-
-
-def plain(case: Case, **changes: Any) -> Case:
-    return replace(case, **changes)

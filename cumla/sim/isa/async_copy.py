@@ -61,13 +61,8 @@ def cp(ins: Instruction, env: Env) -> Op:
     raise Unsupported(f"form {ins.name!r}")
 
 
-def _tracked(env: Env) -> bool:
-    """Whether it matters which copies have been waited for."""
-    return env.delivery != "eager" or env.check_race
-
-
 def _for_groups(env: Env, run: Callable[..., None], kinds: tuple[str, ...]) -> Op:
-    return Op(run if _tracked(env) else _nothing, kinds, cohort=True)
+    return Op(run if env.tracked else _nothing, kinds, cohort=True)
 
 
 def _wait_group(ins: Instruction, env: Env) -> Op:
@@ -129,7 +124,7 @@ def _mover(
     untold = _source_reader(ins, env, nbytes, hooks=False)
     write = writer(ins, env, "shared", WORDS[nbytes], hooks=False)
     eager = env.delivery == "eager"
-    tracked = _tracked(env)
+    tracked = env.tracked
     destination = Access(ins, "shared", nbytes, "write", env.check_memory)
 
     def move(c: Cohort, to: Array, source: Array, *size: Array) -> None:

@@ -67,6 +67,11 @@ class Env:
     specific: bool = True
     registers: Mapping[str, str] = field(default_factory=dict, compare=False)
 
+    @property
+    def tracked(self) -> bool:
+        """Whether it matters which asynchronous operations have been waited for."""
+        return self.delivery != "eager" or self.check_race
+
 
 def needs(env: Env, least: int, ins: Instruction, only: Collection[int] = (), of: str = "") -> None:
     """Raise Unsupported where the target does not have an instruction.

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from cumla.sim.cohort import Cohort
 from cumla.sim.errors import KernelTrap, MemoryFault
 from cumla.sim.isa.convergence import waits_for_lanes, whole_warps
-from cumla.sim.isa.table import Env, Op, Unsupported, instruction
+from cumla.sim.isa.table import Env, Op, Unsupported, instruction, needs
 from cumla.sim.isa.wgmma_operands import (
     CHUNK,
     ROWS,
@@ -32,11 +32,12 @@ from cumla.sim.isa.wgmma_operands import (
 from cumla.sim.isa.wgmma_product import KINDS, accumulate, gather, multiply
 from cumla.sim.memory.arena import WORDS, WRITTEN
 from cumla.sim.ptx.syntax import Immediate, Instruction, Register, Vector
-from cumla.sim.warpgroups import LANES, Operation
+from cumla.sim.warpgroups import LANES, Operation, numbers
 from cumla.sim.wave import Wave
 
 Array = NDArray[Any]
-# The race detector names the queue of a warpgroup by a number of its own below this.
+# The race detector names the queue of a warpgroup by a number of its own below this; those of bulk
+# copies are from the AGENTS of bulk_places.py up.
 AGENTS = -(1 << 40)
 WRITTEN_8 = np.uint64(int.from_bytes(bytes([WRITTEN]) * 8, "little"))
 
@@ -44,8 +45,7 @@ WRITTEN_8 = np.uint64(int.from_bytes(bytes([WRITTEN]) * 8, "little"))
 @instruction("wgmma")
 def wgmma(ins: Instruction, env: Env) -> Op:
     """wgmma.mma_async and what orders it and waits for it. PTX ISA: it requires sm_90a."""
-    if env.target != 90:
-        raise Unsupported(f"wgmma on sm_{env.target}; only sm_90a has it")
+    needs(env, 90, ins, only=(90,))
     kind = ins.modifiers[0] if ins.modifiers else ""
     if kind == "mma_async":
         return _mma_async(ins, env)
@@ -54,7 +54,7 @@ def wgmma(ins: Instruction, env: Env) -> Op:
     if kind == "fence" and not ins.operands:
         return _by_warp(ins, _nothing)
     if kind == "commit_group" and not ins.operands:
-        return _by_warp(ins, _commit if _tracked(env) else _nothing)
+        return _by_warp(ins, _commit if env.tracked else _nothing)
     if kind == "wait_group" and len(ins.operands) == 1:
         newest = ins.operands[0]
         if not isinstance(newest, Immediate) or newest.value < 0:
@@ -64,13 +64,8 @@ def wgmma(ins: Instruction, env: Env) -> Op:
         def wait(c: Cohort, newest: Array) -> None:
             c.wave.warpgroups.wait(c, number)
 
-        return _by_warp(ins, wait if _tracked(env) else _nothing, ("u32",))
+        return _by_warp(ins, wait if env.tracked else _nothing, ("u32",))
     raise Unsupported(f"form {ins.name!r}")
-
-
-def _tracked(env: Env) -> bool:
-    """Whether it matters which operations have been waited for."""
-    return env.delivery != "eager" or env.check_race
 
 
 def _nothing(c: Cohort, *operands: Any) -> None:
@@ -96,21 +91,13 @@ def _by_warp(ins: Instruction, run: Callable[..., None], kinds: tuple[str, ...] 
 # Warpgroups
 
 
-def _groups(wave: Wave, gids: Array) -> Array:
-    """The number in the wave of each lane's warpgroup; the last of a block may be short."""
-    lanes = wave.lanes_per_block
-    if lanes % LANES == 0:
-        return gids >> 7
-    return gids // lanes * -(-lanes // LANES) + (gids % lanes >> 7)
-
-
 def whole_warpgroups(c: Cohort, *_: Any) -> Any:
     """`Op.ready` of wgmma.mma_async: lanes whose warpgroups are here, all of them that live."""
     if c.n == c.wave.live_count:
         return True
-    everybody = _groups(c.wave, np.flatnonzero(c.wave.live))
+    everybody = numbers(c.wave, np.flatnonzero(c.wave.live))
     living = np.bincount(everybody)
-    here = _groups(c.wave, c.gids)
+    here = numbers(c.wave, c.gids)
     present = np.bincount(here, minlength=living.shape[0])
     if present.shape == living.shape and bool((present[here] == living[here]).all()):
         return True
@@ -124,7 +111,7 @@ def _demand_warpgroups(ins: Instruction, c: Cohort) -> None:
         first = gids[::LANES]
         if not (first & LANES - 1).any() and (gids[LANES - 1 :: LANES] - first < LANES).all():
             return
-    groups = _groups(c.wave, gids)
+    groups = numbers(c.wave, gids)
     _, start, counts = np.unique(groups, return_index=True, return_counts=True)
     short = np.flatnonzero(counts != LANES)
     if short.shape[0]:
@@ -248,7 +235,7 @@ def _runner(ins: Instruction, env: Env, form: Form) -> Callable[..., tuple[Array
     registers = form.d_registers
     a_operand = _Shared(ins, "A", ROWS, form.a_mn_major, env.check_memory)
     b_operand = _Shared(ins, "B", form.n, form.b_mn_major, env.check_memory)
-    tracked = _tracked(env)
+    tracked = env.tracked
     held = frozenset(_names(ins) if form.a_in_registers else ())
 
     def run(c: Cohort, *values: Array) -> tuple[Array, ...]:
@@ -322,7 +309,7 @@ def _tell(
     """Tell the race detector what is read; what tells it that lanes have waited for that."""
     race = c.wave.race
     issuers = c.gids[::LANES]
-    agents = AGENTS - _groups(c.wave, issuers)
+    agents = AGENTS - numbers(c.wave, issuers)
     stamps = []
     for offsets in operands:
         rows = np.repeat(np.arange(issuers.shape[0]), offsets[0].size)
