@@ -24,8 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cumla.sim.cohort import WARP, Cohort
-from cumla.sim.errors import RaceError
 from cumla.sim.ptx.syntax import Instruction
+from cumla.sim.warpgroup_checks import TAG_ROWS, Checks
+from cumla.sim.warpgroup_steps import Steps
 
 if TYPE_CHECKING:
     from cumla.sim.wave import Wave
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 WARPS = 4
 LANES = WARPS * WARP
-# A tag is the number of an operation, from 1, times this, plus the row; 0 is not in flight.
-TAG_ROWS = 1024
 
 
 def numbers(wave: Wave, gids: Array) -> Array:
@@ -142,7 +141,10 @@ class Warpgroups:
     """What is under way in a wave.
 
     Attributes:
+        operations: those that some warp has not waited for, oldest first.
         under_way: some register may be in flight.
+        checks, steps: for the race check: what must not be done with such registers, and that the
+            warps of a warpgroup do the same.
     """
 
     def __init__(self, wave: Wave, delivery: str) -> None:
@@ -151,8 +153,10 @@ class Warpgroups:
         warps = wave.live.shape[0] // WARP
         self.committed = np.zeros(warps, np.int32)  # groups that each warp has committed
         self.under_way = False
+        self.checks = Checks(self)
+        self.steps = Steps(wave)
         self._limits = np.zeros(warps, np.int32)  # scratch: groups below are complete
-        self._operations: list[Operation] = []
+        self.operations: list[Operation] = []
         self._copies: dict[int, _Copy] = {}  # by the id of the array
         self._buffers: dict[int, Operation] = {}  # likewise
         self._numbers: dict[int, Operation] = {}
@@ -167,7 +171,7 @@ class Warpgroups:
         operation.landed = np.zeros(operation.warps.shape[0] // WARPS, np.bool_)
         operation.completed = np.zeros(operation.warps.shape, np.bool_)
         operation.sources = self._operations_of(operation.old or ())
-        self._operations.append(operation)
+        self.operations.append(operation)
         self._buffers[id(operation.buffer)] = operation
         self._numbers[operation.number] = operation
         self.under_way = True
@@ -191,7 +195,7 @@ class Warpgroups:
         self._land(lambda operation: operation.groups < self._limits[operation.warps])
         # Who knows of a warp's newest operation knows of those before it.
         told = np.zeros(self._limits.shape, np.bool_)
-        for operation in reversed(self._operations):
+        for operation in reversed(self.operations):
             over = (operation.groups < self._limits[operation.warps]) & ~operation.completed
             operation.completed |= over
             over &= ~told[operation.warps]
@@ -205,7 +209,7 @@ class Warpgroups:
 
     def _chance(self, gids: Array) -> None:
         """Random delivery: of each warpgroup, the operations up to some one land now."""
-        mine = [o.number for o in self._operations if not o.landed.all()]
+        mine = [o.number for o in self.operations if not o.landed.all()]
         if mine:
             groups, which = np.unique(numbers(self.wave, gids[::WARP]), return_inverse=True)
             last = np.zeros(self.committed.shape, np.int64)
@@ -215,7 +219,7 @@ class Warpgroups:
     def _land(self, choose: Callable[[Operation], Array]) -> None:
         """Land an operation for the warpgroups of which a warp is chosen."""
         changed: set[int] = set()
-        for operation in self._operations:
+        for operation in self.operations:
             if operation.landed.all():
                 continue
             now = choose(operation).reshape(-1, WARPS).any(axis=1) & ~operation.landed
@@ -231,7 +235,7 @@ class Warpgroups:
     def _forget(self) -> None:
         """Let go of what has been waited for."""
         kept = []
-        for operation in self._operations:
+        for operation in self.operations:
             if operation.completed.all():
                 del self._buffers[id(operation.buffer)], self._numbers[operation.number]
                 for key, copy in operation.copies.items():
@@ -239,7 +243,7 @@ class Warpgroups:
                         self._copies.pop(key, None)
             else:
                 kept.append(operation)
-        self._operations = kept
+        self.operations = kept
         self.under_way = bool(kept)
 
     # Which registers are in flight.
@@ -272,6 +276,10 @@ class Warpgroups:
     def operation(self, tag: int) -> Operation:
         """The operation of a tag that is not 0."""
         return self._numbers[tag // TAG_ROWS]
+
+    def under(self, number: int) -> Operation | None:
+        """The operation under way with a number, if there is one."""
+        return self._numbers.get(number)
 
     def take_up(
         self, shape: Any, registers: Sequence[Array]
@@ -348,93 +356,3 @@ class Warpgroups:
         for number in () if copy is None else copy.numbers:
             if number in self._numbers:
                 self._numbers[number].copies.pop(key, None)
-
-    # What must not be done with them: called only with the race check.
-
-    def touched(
-        self, ins: Instruction, names: Sequence[str], c: Cohort, mask: Array | None, *registers: Any
-    ) -> None:
-        """The lanes where mask is true (None: all) read registers: report those in flight."""
-        if not self.under_way:
-            return
-        for name, register in zip(names, registers, strict=True):
-            tags = self.tags(register)
-            if tags is not None:
-                self._report(ins, name, c, tags, mask, "reads")
-
-    def overwritten(
-        self, ins: Instruction, name: str, c: Cohort, mask: Array | None, old: Array, *others: Array
-    ) -> None:
-        """The lanes give a register that was `old` another value: report what is lost in flight.
-
-        `others` are the registers that will still be used and may be in flight. If one of them is
-        what the register was, only a name is given up, as it is if a later wgmma has taken it up.
-        """
-        if not self.under_way:
-            return
-        tags = self.tags(old)
-        if tags is None:
-            return
-        lost = tags.copy()
-        for other in others:
-            found = self.tags(other)
-            if found is not None:
-                lost[found == tags] = 0
-        for number in np.unique(lost // TAG_ROWS).tolist():
-            operation = self._numbers.get(number)
-            if operation is not None and operation.taken_up:
-                lost[lost // TAG_ROWS == number] = 0
-        self._report(ins, name, c, lost, mask, "overwrites")
-
-    def _report(
-        self, ins: Instruction, name: str, c: Cohort, tags: Array, mask: Array | None, how: str
-    ) -> None:
-        if mask is not None:
-            tags = np.where(mask, tags, 0)
-        if tags.any():
-            lane = int(np.argmax(tags != 0))
-            operation = self.operation(int(tags[lane]))
-            raise self.error(ins, name, int(c.gids[lane]), operation, how, "is an accumulator")
-
-    def modified(
-        self, ins: Instruction, names: frozenset[str], c: Cohort, mask: Array | None
-    ) -> None:
-        """The lanes write registers with these names, which may hold a fragment of A."""
-        for operation in self._operations:
-            for name in sorted(names & operation.held):
-                waiting = np.isin(c.gids >> 5, operation.warps[~operation.completed])
-                if mask is not None:
-                    waiting = waiting & mask
-                if waiting.any():
-                    gid = int(c.gids[np.argmax(waiting)])
-                    raise self.error(ins, name, gid, operation, "overwrites", "holds A")
-
-    def unfenced(
-        self, ins: Instruction, name: str, writer: Instruction | None, c: Cohort, mask: Array | None
-    ) -> None:
-        """A wgmma.mma_async uses a register that the writer wrote since the last fence.
-
-        Without a writer: there was no fence at all.
-        """
-        if mask is not None and not mask.any():
-            return
-        gid = int(c.gids[0 if mask is None else np.argmax(np.broadcast_to(mask, c.gids.shape))])
-        what = "though none was executed before"
-        if writer is not None:
-            what = f"for {name}, which `{writer.text}` at {writer.where} wrote"
-        text = (
-            f"{self.wave.where(ins, gid)}: `{ins.text}` needs a wgmma.fence before it, {what}; "
-            "put wgmma.fence.sync.aligned between them"
-        )
-        raise RaceError(text, (text,))
-
-    def error(
-        self, ins: Instruction, name: str, gid: int, operation: Operation, how: str, what: str
-    ) -> RaceError:
-        """The report of a register that is used before its wgmma was waited for."""
-        text = (
-            f"{self.wave.where(ins, gid)}: `{ins.text}` {how} {name}, which {what} of the "
-            f"wgmma.mma_async at {operation.ins.where} that is still under way; "
-            "a wgmma.wait_group is missing between them"
-        )
-        return RaceError(text, (text,))

@@ -180,6 +180,7 @@ class Wave:
         self.barriers.lanes_exited()
         self.cluster_barriers.lanes_exited()
         self.bulk.lanes_exited()
+        self.warpgroups.steps.exited()
         if self.registers is not None:
             self.registers.exited(gids)
         if self.dependency is not None:

@@ -194,11 +194,11 @@ def test_a_fragment_is_free_for_the_warps_that_have_waited():
     waited, others = cohort(wave, np.arange(32)), cohort(wave, np.arange(32, 128))
     state.wait(waited, 0)
     names = frozenset({"%a", "%b"})
-    state.modified(made.ins, names, waited, None)
-    state.modified(made.ins, frozenset({"%b"}), others, None)
-    state.modified(made.ins, names, others, np.zeros(1, np.bool_))
+    state.checks.modified(made.ins, names, waited, None)
+    state.checks.modified(made.ins, frozenset({"%b"}), others, None)
+    state.checks.modified(made.ins, names, others, np.zeros(1, np.bool_))
     with pytest.raises(sim.RaceError, match="overwrites %a, which holds A"):
-        state.modified(made.ins, names, others, None)
+        state.checks.modified(made.ins, names, others, None)
 
 
 def test_registers_that_were_parted_and_joined_get_their_values():

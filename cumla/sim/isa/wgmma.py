@@ -52,9 +52,9 @@ def wgmma(ins: Instruction, env: Env) -> Op:
     if ins.modifiers[1:] != ("sync", "aligned"):
         raise Unsupported(f"form {ins.name!r}")
     if kind == "fence" and not ins.operands:
-        return _by_warp(ins, _nothing)
+        return _by_warp(ins, env, _nothing)
     if kind == "commit_group" and not ins.operands:
-        return _by_warp(ins, _commit if env.tracked else _nothing)
+        return _by_warp(ins, env, _commit if env.tracked else _nothing)
     if kind == "wait_group" and len(ins.operands) == 1:
         newest = ins.operands[0]
         if not isinstance(newest, Immediate) or newest.value < 0:
@@ -64,7 +64,7 @@ def wgmma(ins: Instruction, env: Env) -> Op:
         def wait(c: Cohort, newest: Array) -> None:
             c.wave.warpgroups.wait(c, number)
 
-        return _by_warp(ins, wait if env.tracked else _nothing, ("u32",))
+        return _by_warp(ins, env, wait if env.tracked else _nothing, ("u32",))
     raise Unsupported(f"form {ins.name!r}")
 
 
@@ -76,10 +76,17 @@ def _commit(c: Cohort) -> None:
     c.wave.warpgroups.commit(c)
 
 
-def _by_warp(ins: Instruction, run: Callable[..., None], kinds: tuple[str, ...] = ()) -> Op:
+def _by_warp(
+    ins: Instruction, env: Env, run: Callable[..., None], kinds: tuple[str, ...] = ()
+) -> Op:
     """What each warp does by itself: .sync waits for its lanes only."""
+
+    def checked(c: Cohort, *operands: Array) -> None:
+        c.wave.warpgroups.steps.executed(ins, c)
+        run(c, *operands)
+
     return Op(
-        run,
+        checked if env.check_race else run,
         kinds,
         cohort=True,
         ready=whole_warps,
@@ -276,6 +283,7 @@ def _runner(ins: Instruction, env: Env, form: Form) -> Callable[..., tuple[Array
             return tuple(work(None))
         shape = (form.n, form.d)
         if env.check_race:
+            wave.warpgroups.steps.met(ins, c)
             _take_up(ins, c, shape, old)
         tell = _tell(ins, env, c, [*reads, b_at]) if env.check_race else None
         buffer = gather(old, (registers, c.n), old[0].dtype)
@@ -300,7 +308,7 @@ def _take_up(ins: Instruction, c: Cohort, shape: Any, old: Sequence[Array]) -> N
         place, lanes, other = found
         gid = int(c.gids[np.argmax(lanes)])
         name = f"register {place} of D, in another shape"
-        raise warpgroups.error(ins, name, gid, other, "takes up", "is an accumulator")
+        raise warpgroups.checks.error(ins, name, gid, other, "takes up", "is an accumulator")
 
 
 def _tell(

@@ -232,8 +232,8 @@ def chunk_addresses(bits: int, rows: int, mn_major: bool) -> Chunks:
     A swizzle exchanges chunks in a row of the pattern: the number of the chunk is xored with the
     number of the row, both taken from the address itself; `base` is subtracted for patterns that
     do not begin at a multiple of their size. Bits that the format does not name are ignored. An
-    H200 reads the same bytes in 684 probes, two operands of each of 341 pairs of form and
-    descriptor and of two more: all modes, base offsets and many starts.
+    H200 reads the same bytes in each of 684 probes of 341 pairs of a form and a descriptor, of all
+    modes, base offsets and starts.
     """
     descriptor = Descriptor.of(bits)
     width = PATTERN_CHUNKS[descriptor.swizzle]

@@ -152,7 +152,7 @@ class Generator:
             block_writes.append(writes)
         self.in_flight: InFlight | None = None
         if self.env.check_race and any(is_multiply(ins) for ins in instructions):
-            self.in_flight = InFlight(instructions, self.blocks, self.ops, effects, self.mentioned)
+            self.in_flight = InFlight(instructions, self.blocks, effects, self.mentioned)
         live_in = live_registers(self.blocks, block_reads, block_writes)
         self.place_at: dict[int, int] = {}
         self.block_place: list[int] = []
@@ -282,18 +282,13 @@ class Generator:
         modified = in_flight.modified(ins)
         if modified:
             tests.append(("modified", (ins, frozenset(names[r] for r in modified)), []))
-        unfenced = in_flight.unfenced(ins)
-        if unfenced is not None:
-            tests.append(("unfenced", (ins, names[unfenced[0]], unfenced[1]), []))
-        elif in_flight.never_fenced(ins):
-            tests.append(("unfenced", (ins, "", None), []))
+        tests += [(*call, []) for call in in_flight.watch(ins, names)]
         for method, constants, registers in tests:
             guard = "None" if ins.guard is None else writer.guard(ins)
             arguments = [writer.register(r, self.kept[r]) for r in registers]
             fixed = writer.constant(constants)
-            writer.line(
-                f"c.wave.warpgroups.{method}(*{fixed}, c, {guard}, {tuple_text(arguments)})", ins
-            )
+            call = f"{method}(*{fixed}, c, {guard}, {tuple_text(arguments)})"
+            writer.line(f"c.wave.warpgroups.checks.{call}", ins)
 
     def mma_run(self, first: int, last: int) -> list[Instruction]:
         """The consecutive unguarded mma from `first` on."""

@@ -9,10 +9,10 @@ of a register to another is no access: compilers rename accumulators wherever th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
-from cumla.sim.isa.table import Op
 from cumla.sim.program.flow import EXIT, Block
 from cumla.sim.ptx.syntax import Immediate, Instruction, Register, Vector
 
@@ -27,27 +27,25 @@ class State:
     Attributes:
         accumulators: registers that may hold an accumulator in flight.
         held: registers that may hold a fragment of A for a wgmma under way.
-        unfenced: registers that, on every way here, were written by another instruction since
-            the last wgmma.fence; each with that instruction.
+        unfenced: registers that another instruction may have written since the last wgmma.fence.
         uncommitted: some wgmma may not have been committed to a group.
-        never: on every way here there was no wgmma.fence.
+        never: there may have been no wgmma.fence.
     """
 
     accumulators: Numbers
     held: Numbers
-    unfenced: Mapping[int, Instruction]
+    unfenced: Numbers
     uncommitted: bool
     never: bool
 
     def meet(self, other: State) -> State:
         """What is so where two ways meet."""
-        both = {r: i for r, i in self.unfenced.items() if r in other.unfenced}
         return State(
             self.accumulators | other.accumulators,
             self.held | other.held,
-            both,
+            self.unfenced | other.unfenced,
             self.uncommitted or other.uncommitted,
-            self.never and other.never,
+            self.never or other.never,
         )
 
 
@@ -73,7 +71,6 @@ class InFlight:
         self,
         instructions: list[Instruction],
         blocks: list[Block],
-        ops: Mapping[int, Op],
         effects: list[tuple[set[int], set[int]]],
         mentioned: Callable[..., set[int]],
     ) -> None:
@@ -81,9 +78,9 @@ class InFlight:
         self.effects = effects
         self.mentioned = mentioned
         self.relevant = self._relevant()
-        nothing = State(NONE, NONE, {}, False, False)
+        nothing = State(NONE, NONE, NONE, False, False)
         self.before: dict[int, State] = {ins.index: nothing for ins in instructions}
-        entry: dict[int, State] = {0: State(NONE, NONE, {}, False, True)}
+        entry: dict[int, State] = {0: State(NONE, NONE, NONE, False, True)}
         waiting = [0]
         while waiting:
             number = waiting.pop()
@@ -99,6 +96,8 @@ class InFlight:
             block = blocks[number]
             states = self._through(block, state)
             self.before.update(zip(range(block.first, block.last), states, strict=False))
+        # Whether it must be known while the kernel runs which registers lack a fence.
+        self.watches = any(self.unfenced(ins) is not None for ins in instructions)
 
     def _relevant(self) -> Numbers:
         """The registers that a wgmma.mma_async uses, and those that are copied to or from them."""
@@ -127,7 +126,7 @@ class InFlight:
     def _after(self, ins: Instruction, state: State) -> State:
         if ins.opcode == "wgmma":
             return self._after_wgmma(ins, state)
-        writes = self.effects[ins.index][1] & self.relevant
+        writes = self.relevant & self.effects[ins.index][1]
         if not writes:
             return state
         accumulators, unfenced = state.accumulators, state.unfenced
@@ -136,27 +135,30 @@ class InFlight:
             accumulators = accumulators - writes
         if copies:
             accumulators = accumulators | writes
-        marked = dict.fromkeys(writes, ins)
-        if is_copy(ins):
-            (source,) = self.mentioned(ins.operands[1]) or (-1,)
-            marked = dict.fromkeys(writes, unfenced[source]) if source in unfenced else {}
-        elif ins.opcode == "mov" and isinstance(ins.operands[1], Immediate):
-            marked = {}  # compilers place constants where they like
+        marked = self.needs_fence(ins, writes, unfenced)
         if ins.guard is None:
-            rest = {r: i for r, i in unfenced.items() if r not in writes}
-            unfenced = {**rest, **marked}
+            unfenced = unfenced - writes
+        unfenced = unfenced | marked
         return replace(state, accumulators=accumulators, unfenced=unfenced)
+
+    def needs_fence(self, ins: Instruction, writes: Numbers, unfenced: Numbers) -> Numbers:
+        """Of the registers that it writes, those that need a wgmma.fence from then on."""
+        if is_copy(ins):
+            return writes if self.mentioned(ins.operands[1]) & unfenced else NONE
+        # Compilers place constants where they like.
+        constant = ins.opcode == "mov" and isinstance(ins.operands[1], Immediate)
+        return NONE if constant else writes
 
     def _after_wgmma(self, ins: Instruction, state: State) -> State:
         if is_multiply(ins):
             d = frozenset(self.effects[ins.index][1])
-            unfenced = {r: i for r, i in state.unfenced.items() if r not in d}
+            unfenced = state.unfenced if ins.guard is not None else state.unfenced - d
             held = state.held | self.fragment(ins)
             return State(state.accumulators | d, held, unfenced, True, state.never)
-        if ins.modifiers[0] == "fence":
-            return replace(state, unfenced={}, never=False)
         if ins.guard is not None:
             return state
+        if ins.modifiers[0] == "fence":
+            return replace(state, unfenced=NONE, never=False)
         if ins.modifiers[0] == "commit_group":
             return replace(state, uncommitted=False)
         newest = ins.operands[0] if ins.operands else None
@@ -191,15 +193,34 @@ class InFlight:
             return []
         return sorted(self.effects[ins.index][1] & self.before[ins.index].held)
 
-    def unfenced(self, ins: Instruction) -> tuple[int, Instruction] | None:
-        """For a wgmma.mma_async: a register that lacks a fence, and who wrote it."""
-        if is_multiply(ins):
-            uses = self.effects[ins.index][1] | self.fragment(ins)
-            found = self.before[ins.index].unfenced
-            for register in sorted(uses & found.keys()):
-                return register, found[register]
-        return None
+    def unfenced(self, ins: Instruction) -> list[int] | None:
+        """For a wgmma.mma_async: registers that may lack a fence; None if it cannot lack one."""
+        if not is_multiply(ins):
+            return None
+        uses = self.fragment(ins) | self.effects[ins.index][1]
+        found = sorted(uses & self.before[ins.index].unfenced)
+        return found if found or self.before[ins.index].never else None
 
-    def never_fenced(self, ins: Instruction) -> bool:
-        """For a wgmma.mma_async: there was no wgmma.fence at all."""
-        return is_multiply(ins) and self.before[ins.index].never
+    def watch(self, ins: Instruction, names: list[str]) -> list[tuple[str, tuple[Any, ...]]]:
+        """What `warpgroup_checks.Checks` is told at an instruction of registers without a fence.
+
+        Returns:
+            Names of its methods, and the first arguments of each.
+        """
+        if not self.watches:
+            return []
+        if ins.opcode == "wgmma" and ins.modifiers[0] == "fence":
+            return [("fenced", ())]
+        writes = self.relevant & self.effects[ins.index][1]
+        if not writes:
+            return []
+        clear = "cleared", (sorted(writes),)
+        if is_multiply(ins):
+            lacking = self.unfenced(ins)
+            if lacking is None:
+                return [clear]
+            return [("unfenced", (ins, [names[r] for r in lacking], lacking)), clear]
+        if is_copy(ins):
+            source = self.mentioned(ins.operands[1])  # none if it is a special register
+            return [("copied", (*writes, *source)) if source else clear]
+        return [("wrote", (ins, sorted(writes))) if self.needs_fence(ins, writes, NONE) else clear]
