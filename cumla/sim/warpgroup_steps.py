@@ -22,6 +22,16 @@ if TYPE_CHECKING:
     from cumla.sim.wave import Wave
 
 Array = NDArray[Any]
+WARPS = 4
+LANES = WARPS * WARP
+
+
+def numbers(wave: Wave, gids: Array) -> Array:
+    """The number in the wave of each lane's warpgroup; the last of a block may be short."""
+    lanes = wave.lanes_per_block
+    if lanes % LANES == 0:
+        return gids >> 7
+    return gids // lanes * -(-lanes // LANES) + (gids % lanes >> 7)
 
 
 class Steps:
@@ -35,12 +45,10 @@ class Steps:
 
     def _start(self) -> Array:
         if self._count is None:
-            per_block = self.wave.lanes_per_block // WARP
-            warps = np.arange(self.wave.live.shape[0] // WARP)
-            self._groups = warps // per_block * -(-per_block // 4) + warps % per_block // 4
+            self._groups = numbers(self.wave, np.arange(0, self.wave.live.shape[0], WARP))
             # [warpgroups, steps]: the kind of what was executed first, and its index; kind 0: none.
             self._log = np.zeros((2, int(self._groups[-1]) + 1, 8), np.int64)
-            self._count = np.zeros(warps.shape, np.int64)
+            self._count = np.zeros(self._groups.shape, np.int64)
         return self._count
 
     def executed(self, ins: Instruction, c: Cohort) -> None:

@@ -26,22 +26,12 @@ from numpy.typing import NDArray
 from cumla.sim.cohort import WARP, Cohort
 from cumla.sim.ptx.syntax import Instruction
 from cumla.sim.warpgroup_checks import TAG_ROWS, Checks
-from cumla.sim.warpgroup_steps import Steps
+from cumla.sim.warpgroup_steps import LANES, WARPS, Steps, numbers
 
 if TYPE_CHECKING:
     from cumla.sim.wave import Wave
 
 Array = NDArray[Any]
-WARPS = 4
-LANES = WARPS * WARP
-
-
-def numbers(wave: Wave, gids: Array) -> Array:
-    """The number in the wave of each lane's warpgroup; the last of a block may be short."""
-    lanes = wave.lanes_per_block
-    if lanes % LANES == 0:
-        return gids >> 7
-    return gids // lanes * -(-lanes // LANES) + (gids % lanes >> 7)
 
 
 @dataclass(slots=True, eq=False)

@@ -245,6 +245,72 @@ def test_what_has_not_landed_holds_what_was_there_before():
     assert (second.buffer == 9).all()
 
 
+def test_what_has_not_landed_follows_through_copies():
+    """The second takes up a copy of the first's D; its own D has a copy, too."""
+    wave = make_wave(block=(256, 1, 1), delivery="late")
+    state, gids = wave.warpgroups, np.arange(256)
+    first = operation(gids, 5)
+    state.issue(first)
+    mask = gids >= 128
+    (row,) = first.buffer
+    part = row[mask]
+    state.picked(row, mask, gids[mask], part)
+    state.commit(cohort(wave))
+    second = operation(gids[mask], 9, old=[part])
+    state.issue(second)
+    (row,) = second.buffer
+    copy = row.copy()
+    state.picked(row, np.ones(128, np.bool_), gids[mask], copy)
+    state.commit(cohort(wave, gids[mask]))
+    state.wait(cohort(wave, gids[~mask]), 0)
+    assert not part.any()  # the other warpgroup has not waited
+    assert not copy.any()
+    state.wait(cohort(wave, gids[128:160]), 1)
+    assert (part == 5).all()
+    assert (copy == 5).all()
+    state.wait(cohort(wave, gids[mask]), 0)
+    assert (copy == 9).all()
+    assert (part == 5).all()
+
+
+def test_copies_that_nobody_holds_are_forgotten():
+    wave = make_wave(block=(128, 1, 1), delivery="late")
+    state, everybody = wave.warpgroups, cohort(wave)
+    made = operation(everybody.gids, 5)
+    state.issue(made)
+    state.commit(everybody)
+    (row,) = made.buffer
+    everything = np.ones(128, np.bool_)
+    for _ in range(3):
+        copy = row.copy()
+        state.picked(row, everything, everybody.gids, copy)
+    assert list(made.copies) == [id(copy)]
+    state.wait(everybody, 0)
+    assert (copy == 5).all()
+    assert state.tags(copy) is None
+    assert not state._copies
+
+
+@pytest.mark.parametrize("waiting", [32, 128, 256])
+def test_at_random_warpgroups_land_by_themselves(waiting):
+    """A wait for nothing gives what is under way a chance."""
+    seen = set()
+    for seed in range(100):
+        wave = make_wave(block=(256, 1, 1), delivery="late")
+        state, gids = wave.warpgroups, np.arange(256)
+        made = [operation(gids, 3), operation(gids, 4)]
+        for each in made:
+            state.issue(each)
+            state.commit(cohort(wave))
+        state.delivery, wave.rng = "random", np.random.default_rng(seed)
+        state.wait(cohort(wave, gids[:waiting]), 2)
+        landed = np.stack([each.buffer[0] != 0 for each in made]).reshape(2, 2, 128)
+        assert (landed == landed[:, :, :1]).all()
+        seen.add(tuple(landed[:, :, 0].sum(axis=0).tolist()))
+    both = {(i, j) for i in range(3) for j in range(3 if waiting == 256 else 1)}
+    assert seen == both
+
+
 def test_the_race_detector_hears_what_is_read_and_when_that_is_known(monkeypatch):
     source = """
     fence();

@@ -32,7 +32,8 @@ from cumla.sim.isa.wgmma_operands import (
 from cumla.sim.isa.wgmma_product import KINDS, accumulate, gather, multiply
 from cumla.sim.memory.arena import WORDS, WRITTEN
 from cumla.sim.ptx.syntax import Immediate, Instruction, Register, Vector
-from cumla.sim.warpgroups import LANES, Operation, numbers
+from cumla.sim.warpgroup_steps import LANES, numbers
+from cumla.sim.warpgroups import Operation
 from cumla.sim.wave import Wave
 
 Array = NDArray[Any]
