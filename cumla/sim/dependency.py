@@ -3,7 +3,8 @@
 PTX ISA "griddepcontrol": a dependent grid may start once every block of the grid before it has
 executed launch_dependents or ended. Its griddepcontrol.wait returns when that grid has completed
 and what it wrote is visible; that grid's own predecessors have completed only if it waited for them
-itself. Without the wait nothing is known of what the grid before wrote, whenever it did so.
+itself. Without the wait nothing is known of what the grid before wrote, whenever it did so; but
+what came before that grid is known if one of its blocks waited before it let the next grid start.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ class Dependency:
         if before is not None:
             before.after = self
         grid.dependency = self
-        self._hidden: Hidden | None = None
+        self._hidden: Hidden | None = None  # from the first wave of `before` to its completion
+        self._waited_first = False  # a block, or its cluster, waited before it counted as ready
         self._ready = np.zeros(grid.geometry.blocks, np.bool_)
         self._left = grid.geometry.blocks
         self._wave: Wave | None = None
@@ -65,6 +67,7 @@ class Dependency:
         first = self._wave is None
         self._wave = wave
         wave.dependency = self
+        self._waited = np.zeros(wave.slots // wave.cluster_size, np.bool_)  # a lane of the cluster
         if self.overlap is not None:
             self.overlap.next_wave(wave.live.shape[0])
         if first and self.after is not None and self.after.early:
@@ -75,14 +78,22 @@ class Dependency:
         if self.completed:
             return
         self.completed = True
-        self._hidden = None
         after = self.after
         if after is None:
             return
-        after.started = True
+        if after._hides_from_next is not None:
+            after._hides_from_next.renew()
+        if not after.started:
+            after.started = True
+            after._hidden = None
         if after.early and self._overlaps():
             # Inside what runs within an earlier grid: what that writes stays hidden.
             after.grid.advance()
+
+    @property
+    def _hides_from_next(self) -> Hidden | None:
+        """What the grid after this one will not see, while it has not started."""
+        return None if self.after is None else self.after._hidden
 
     def _overlaps(self) -> bool:
         """Whether an earlier grid has not completed."""
@@ -100,6 +111,7 @@ class Dependency:
 
     def waited(self, ins: Instruction, c: Cohort) -> None:
         """The lanes have passed griddepcontrol.wait."""
+        self._waited[c.slots // c.wave.cluster_size] = True
         if self.overlap is not None and self.before is not None:
             c.wave.race.grid_waited(ins, c)
 
@@ -123,35 +135,49 @@ class Dependency:
             self._settle(ended, lanes.reshape(-1))
 
     def _settle(self, slots: NDArray[np.int64], gids: NDArray[np.int64]) -> None:
-        """For all that the blocks in these slots have against it the grid after may start."""
-        assert self._wave is not None
-        blocks = self._wave.block_ids[slots]
-        new = ~self._ready[blocks]
-        if not new.any():
+        """The grid after may start as soon as all other blocks than those in these slots let it.
+
+        gids: the lanes of these blocks that say so.
+        """
+        wave = self._wave
+        assert wave is not None
+        slots = slots[~self._ready[wave.block_ids[slots]]]
+        if not slots.shape[0]:
             return
+        self._ready[wave.block_ids[slots]] = True
+        self._left -= slots.shape[0]
+        if self._waited[slots // wave.cluster_size].any():
+            self._waited_first = True
         if self.overlap is not None:
-            self.overlap.released(gids)
-        self._ready[blocks] = True
-        self._left -= int(np.count_nonzero(new))
+            self.overlap.released(gids[np.isin(gids // wave.lanes_per_block, slots)])
         after = self.after
-        if self._left or not self.signalled or after is None or not after.early:
+        if self._left or not self.signalled or after is None or not after.early or after.started:
             return
-        if not after.started:
-            after.started = True
-            assert after._hidden is not None
-            with after._hidden.applied():
-                after.grid.advance()
+        after.started = True
+        hidden = after._hidden
+        assert hidden is not None
+        with hidden.applied(renewed=self._waited_first):
+            after.grid.advance()
+            if after._hides_from_next is not None:
+                after._hides_from_next.withhold()
+        after._hidden = None
 
     def strong_access(self, offsets: Any, nbytes: int) -> None:
         """Lanes access bytes of global memory atomically, or as strong operations.
 
         Such accesses of two grids that run at the same time see one another.
         """
+        touched = []
         dependency: Dependency | None = self
         while dependency is not None:
-            if dependency._hidden is not None:
-                dependency._hidden.touch(offsets, nbytes)
+            hidden = dependency._hidden
+            if hidden is not None and hidden.hides(offsets, nbytes):
+                touched.append(hidden)
             dependency = dependency.before
+        if touched and self._hides_from_next is not None:
+            self._hides_from_next.withhold()
+        for hidden in touched:
+            hidden.end()
 
     def note(self) -> str:
         """For messages of reads of unwritten memory: what the blocks cannot see yet."""

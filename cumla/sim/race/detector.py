@@ -125,7 +125,7 @@ class RaceDetector:
         self._run(step, offset, nbytes)
         if self.overlap is not None and shadow.paged:
             strong = site.strength > 0 and (scope in ("gpu", "sys") or order == "volatile")
-            self.overlap.access(self._clocks, ins, cohort.gids, offset, nbytes, kind, strong)
+            self.overlap.access(ins, cohort.gids, offset, nbytes, kind, strong)
         if site.strength:
             self._order.access(space, offset, cohort.gids, site)
 
@@ -281,7 +281,7 @@ class RaceDetector:
         step = Step(shadow, site, self._history.now, lanes, who | state, True, proxy)
         self._run(step.take(rows), offsets, nbytes)
         if self.overlap is not None and shadow.paged:
-            self.overlap.access(self._clocks, ins, issuers[rows], offsets, nbytes, kind, False)
+            self.overlap.access(ins, issuers[rows], offsets, nbytes, kind, False)
         return self._history.now
 
     def _locals(self, gids: Array, agents: Array, proxy: bool = True) -> Array:

@@ -22,7 +22,7 @@ from cumla.sim.race.clocks import Clocks
 _PENDING = 1 << 20  # accesses that are noted before they are made unique
 
 
-class Site(NamedTuple):
+class Touch(NamedTuple):
     """An instruction as a kind of access.
 
     Attributes:
@@ -65,7 +65,7 @@ class Overlap:
         first: no grid before it may run at the same time.
         waited: a thread has passed griddepcontrol.wait.
         waited_first: a block did so before it executed launch_dependents, or ended.
-        touched: what each site accessed.
+        touched: what each kind of access touched.
     """
 
     def __init__(self, kernel: str, first: bool) -> None:
@@ -73,17 +73,19 @@ class Overlap:
         self.first = first
         self.waited = False
         self.waited_first = False
-        self.touched: dict[Site, _Touched] = {}
+        self.touched: dict[Touch, _Touched] = {}
         self.next_wave(0)
 
     def next_wave(self, lanes: int) -> None:
         """Other blocks run from now on, in so many lanes."""
         self._knows = np.full(lanes, self.first)
+        self._clocks: Clocks | None = None  # once somebody has waited
         self._waiters: dict[int, Array] = {}  # thread of a block -> [slots] stamp of its wait, or 0
 
     def wait(self, clocks: Clocks, gids: Array, stamp: int) -> None:
         """The lanes have passed griddepcontrol.wait, at this stamp."""
         self.waited = True
+        self._clocks = clocks
         new = gids[~self._knows[gids]]
         self._knows[gids] = True
         lanes = clocks.threads.lanes
@@ -93,12 +95,11 @@ class Overlap:
 
     def released(self, gids: Array) -> None:
         """The lanes are those of blocks that let the next grid start."""
-        if not self.first and self._knows[gids].any():
+        if not self.first and self._known(gids).any():
             self.waited_first = True
 
     def access(
         self,
-        clocks: Clocks,
         ins: Instruction,
         gids: Array,
         offsets: Array,
@@ -107,20 +108,21 @@ class Overlap:
         strong: bool,
     ) -> None:
         """Lanes access nbytes bytes of global memory each."""
-        known = self._known(clocks, gids)
+        known = self._known(gids)
         for ordered in (False, True):
             which = known == ordered
             if which.any():
-                site = Site(ins, kind, strong, nbytes, ordered)
-                touched = self.touched.get(site)
+                touch = Touch(ins, kind, strong, nbytes, ordered)
+                touched = self.touched.get(touch)
                 if touched is None:
-                    touched = self.touched[site] = _Touched()
+                    touched = self.touched[touch] = _Touched()
                 touched.add(offsets[which])
 
-    def _known(self, clocks: Clocks, gids: Array) -> Array:
+    def _known(self, gids: Array) -> Array:
         """Which lanes know that the grid before has completed."""
         known = self._knows[gids]
-        if known.all() or not self._waiters:
+        clocks = self._clocks
+        if known.all() or clocks is None:
             return known
         threads = clocks.threads
         rest = np.flatnonzero(~known)
@@ -191,8 +193,8 @@ def _describe(
     memory: DeviceMemory,
     earlier: Overlap,
     later: Overlap,
-    a: Site,
-    b: Site,
+    a: Touch,
+    b: Touch,
     offset: int,
     count: int,
 ) -> str:
