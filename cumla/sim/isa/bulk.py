@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from cumla.sim.bulk import Target, Transfer
 from cumla.sim.cohort import Cohort
 from cumla.sim.errors import KernelTrap
-from cumla.sim.isa.bulk_places import Barrier, Place, multicast, tell, told
+from cumla.sim.isa.bulk_places import Barrier, Place, multicast, tell
 from cumla.sim.isa.table import Env, Op, Unsupported
 from cumla.sim.memory.sequence import atomic, element_dtype
 from cumla.sim.memory.words import Words, of_global, refuse
@@ -99,7 +99,7 @@ def _nothing(c: Cohort, *operands: Any) -> None:
 
 
 def _commit(env: Env) -> Op:
-    if not told(env):
+    if not env.tracked:
         return Op(_nothing, (), cohort=True)
     return Op(lambda c: c.wave.bulk.commit(c), (), cohort=True)
 
@@ -109,7 +109,7 @@ def _wait(ins: Instruction, env: Env, read: bool) -> Op:
     if not isinstance(newest, Immediate):
         raise Unsupported(f"{ins.name!r} with a number that is not a constant")
     number = int(newest.value)
-    if not told(env):
+    if not env.tracked:
         return Op(_nothing, ("u32",), cohort=True)
     return Op(lambda c, newest: c.wave.bulk.wait(c, number, read), ("u32",), cohort=True)
 

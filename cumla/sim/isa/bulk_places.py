@@ -28,11 +28,6 @@ AGENTS = 1 << 60
 COUNTED, READS, WRITES, STORES = range(4)
 
 
-def told(env: Env) -> bool:
-    """Whether it matters which copies have been waited for."""
-    return env.delivery != "eager" or env.check_race
-
-
 class Place:
     """An operand in shared memory.
 
