@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +27,10 @@ Array = NDArray[Any]
 # for their groups, or arrive on another mbarrier, which then tells of them too. A kernel that uses
 # mbarriers alone never lets go of any, so only the newest instructions are kept.
 TRACKED = 16
+# Lands what lanes copied before they arrive on phases, given the cohort and the race detector's
+# names of the phases, [n] or [1].
+Land = Callable[[Cohort, Array], None]
+Arrive = Callable[[Cohort, Array, Land], None]
 MANY_SLOTS = -1
 
 
@@ -86,14 +91,12 @@ class _Arrival:
 
     Attributes:
         offsets: [n] of the barriers, in the wave's shared memory.
-        arrive: what then happens, given a cohort and `offsets`.
-        keys: the race detector's names of the phases, given a cohort and `offsets`.
+        arrive: lets them arrive, given their cohort, `offsets` and how copies land.
     """
 
     gids: Array
     offsets: Array
-    arrive: Callable[[Cohort, Array], None]
-    keys: Callable[[Cohort, Array], Array]
+    arrive: Arrive
     number: int
 
 
@@ -163,12 +166,11 @@ class Copies:
         self,
         c: Cohort,
         offsets: Array,
-        arrive: Callable[[Cohort, Array], None],
-        keys: Callable[[Cohort, Array], Array],
+        arrive: Arrive,
     ) -> None:
         """The lanes arrive on mbarriers, at these offsets, once all that they copied has landed."""
         self._issued += 1
-        arrival = _Arrival(c.gids, offsets, arrive, keys, self._issued)
+        arrival = _Arrival(c.gids, offsets, arrive, self._issued)
         if self.delivery == "eager" or (self.delivery == "random" and self.wave.rng.random() < 0.5):
             self._complete(arrival)
         else:
@@ -225,22 +227,24 @@ class Copies:
 
     def _complete(self, arrival: _Arrival) -> None:
         """Land the copies that an arrival tracks, and arrive."""
-        c = Cohort(self.wave, arrival.gids, [])
-        keys = None
-        if self.wave.race is not None:
-            keys = c.full(arrival.keys(c, arrival.offsets))
+        land = partial(self._land_before, arrival.number)
+        arrival.arrive(Cohort(self.wave, arrival.gids, []), arrival.offsets, land)
+
+    def _land_before(self, number: int, c: Cohort, keys: Array) -> None:
+        """Land what the lanes copied before they issued this arrival, on the phases of the keys."""
+        keys = c.full(keys)
         self._member[c.gids] = True
         for bucket in self._near(c.gids):
             kept = []
             for copy in bucket:
                 mine = self._member[copy.gids]
-                number = np.count_nonzero(mine)
-                if copy.number > arrival.number or number == 0:
+                count = np.count_nonzero(mine)
+                if copy.number > number or count == 0:
                     kept.append(copy)
                     continue
-                part = copy if number == mine.shape[0] else copy.part(mine)
+                part = copy if count == mine.shape[0] else copy.part(mine)
                 self._land(part)
-                if keys is not None:
+                if self.wave.race is not None:
                     own = keys[np.searchsorted(c.gids, part.gids)]
                     self.wave.race.copy_released(copy.token, part.token_mask(), own)
                     part.tracked = True
@@ -253,4 +257,3 @@ class Copies:
                 kept = [copy for copy in kept if not copy.tracked or copy.number >= oldest]
             bucket[:] = kept
         self._member[c.gids] = False
-        arrival.arrive(c, arrival.offsets)

@@ -54,7 +54,7 @@ class Dependency:
         if before is not None:
             before.after = self
         grid.dependency = self
-        self._hidden: Hidden | None = None  # from the first wave of `before` to its completion
+        self._hidden: Hidden | None = None  # from the first wave of `before` on
         self._waited_first = False  # a block, or its cluster, waited before it counted as ready
         self._ready = np.zeros(grid.geometry.blocks, np.bool_)
         self._left = grid.geometry.blocks

@@ -19,6 +19,7 @@ the current phase, counted from 0.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -262,6 +263,17 @@ class Found:
         """The race detector's names of the current phases, one for each lane or one for all."""
         return self.spread(phase_key(self.offsets, self.phases))
 
+    def fits(self, count: Array) -> Array | None:
+        """[n] bool: whose arrivals the current phases still need; None for all.
+
+        Of each barrier the first lane is among them, for `take_arrivals` to refuse it if need be.
+        """
+        if not np.count_nonzero(self.total(count) > self.pending):
+            return None
+        fit: Array = self.earlier(count) + self.c.full(count) <= self.spread(self.pending)
+        fit[self.rows] = True
+        return None if fit.all() else fit
+
     # Changes, between `load` and `store`.
 
     def take_arrivals(self, count: Array, drop: bool = False) -> None:
@@ -272,8 +284,8 @@ class Found:
             which = int(np.argmax(over))
             self._must_not(
                 over,
-                f"{arrived[which]} arrivals at once on the mbarrier at shared {{at}}, whose phase "
-                f"{self.phases[which]} needs only {self.pending[which]} more of "
+                f"an arrival with count {arrived[which]} on the mbarrier at shared {{at}}, whose "
+                f"phase {self.phases[which]} needs only {self.pending[which]} more of "
                 f"{self.expected[which]}",
             )
         self.pending = self.pending - arrived
@@ -327,6 +339,35 @@ class Found:
             which = int(np.argmax(bad))
             at = f"{address_of(self.c, int(self.offsets[which])):#x}"
             raise self.words.trap(self.c, int(self.rows[which]), message.replace("{at}", at))
+
+
+def in_turns(
+    words: Mbarriers, c: Cohort, at: Array, count: Array
+) -> Iterator[tuple[Array | None, Found]]:
+    """(rows of the cohort, or None for all; their barriers, loaded) for lanes that arrive in turn.
+
+    Lanes arrive one after the other, ascending, and phases may end in between: on a barrier that
+    expects 16, all 32 lanes of a warp complete two. In a turn each barrier has arrivals of one
+    phase. The caller takes and stores them before it asks for the next.
+
+    at: [n] offsets of the barriers.
+    """
+    found = Found(words, c, at)
+    found.load()
+    fit = found.fits(count)
+    if fit is None:
+        yield None, found
+        return
+    at, count, rest = c.full(at), c.full(count), np.arange(c.n)
+    while fit is not None:
+        turn, rest = rest[fit], rest[~fit]
+        found = Found(words, Cohort(c.wave, c.gids[turn], []), at[turn])
+        found.load()
+        yield turn, found
+        found = Found(words, Cohort(c.wave, c.gids[rest], []), at[rest])
+        found.load()
+        fit = found.fits(count[rest])
+    yield rest, found
 
 
 def _distinct(offsets: Array, starts: Array) -> tuple[Array, Array, Array, Array]:

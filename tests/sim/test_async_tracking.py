@@ -7,6 +7,7 @@ import pytest
 
 from cumla.sim.copies import TRACKED
 from cumla.sim.errors import KernelTrap
+from cumla.sim.mbarriers import phase_key
 from sim.async_kit import MODES, Groups, arrive_op, barrier_kit, copy_op, shared_of
 from sim.waves import Bound, Recorder, cohort, make_wave
 
@@ -126,6 +127,28 @@ def test_eager_copies_arrive_at_once():
     assert not test(c, 8, 1).any()
     arrive(c, 8)
     assert test(c, 8, 1).all()
+
+
+@pytest.mark.parametrize("delivery", ["eager", "late"])
+def test_copies_complete_several_phases(delivery):
+    options = {"delivery": delivery, "check_race": True}
+    wave = make_wave(delivery=delivery)
+    wave.race = race = Recorder()
+    init, *_ = barrier_kit(**options)
+    source = wave.device.memory.upload(np.arange(32, dtype=np.uint32))
+    init(cohort(wave, [0]), 512, 16)
+    c = cohort(wave, range(32))
+    copy_op(4, **options)(c, 4 * np.arange(32), source.address + 4 * np.arange(32), 4)
+    arrive_op(True, **options)(c, 512)
+    wave.copies.deliver_all_arrivals()
+    assert wave.mbarriers == {512: 2}
+    assert shared_of(wave, 0).view(np.uint32)[:32].tolist() == list(range(32))
+    released = [
+        (np.flatnonzero(mask).tolist(), np.unique(keys).tolist())
+        for _, mask, keys in race.named("copy_released")
+    ]
+    keys = phase_key(np.array([512]), np.array([0, 1])).tolist()
+    assert released == [([*range(16)], keys[:1]), ([*range(16, 32)], keys[1:])]
 
 
 def test_waiting_for_the_group_does_not_arrive_yet():

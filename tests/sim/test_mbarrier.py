@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 
 from cumla.sim.errors import KernelTrap, MemoryFault
 from cumla.sim.isa.table import Unsupported
+from cumla.sim.mbarriers import phase_key
 from cumla.sim.memory.spaces import SHARED_WINDOW
 from sim.async_kit import Kit, bound, flag
 from sim.waves import Recorder, cohort, make_wave
 
 LARGEST = 2**20 - 1
+KINDS = ["arrive_n", "drop", "arrive_tx", "expect", "finish", "jump"]
+WEIGHTS = [0.3, 0.1, 0.1, 0.1, 0.1, 0.3]
 
 
 @dataclass
@@ -22,12 +25,23 @@ class Model:
     """One barrier."""
 
     expected: int
-    pending: int = 0
+    pending: int
     tx: int = 0
     phase: int = 0
 
-    def __post_init__(self):
-        self.pending = self.expected
+    @classmethod
+    def new(cls, count):
+        return cls(count, count)
+
+    def arrive(self, count, tx=0, drop=False):
+        """Whether it may."""
+        self.tx += tx
+        if count > self.pending:
+            return False
+        self.pending -= count
+        self.expected -= count if drop else 0
+        self.settle()
+        return True
 
     def settle(self):
         if self.pending == 0 and self.tx == 0:
@@ -38,8 +52,8 @@ class Model:
 def test_random_programs_agree_with_the_model():
     rng = np.random.default_rng(3)
     kit = Kit(check_memory=True)
-    flips = 0
-    for _ in range(12):
+    flips = several = 0
+    for _ in range(30):
         wave = make_wave((64, 1, 1), (3, 1, 1), [2, 0, 1], shared=256)
         models = {}
         states = {}  # barrier -> (state, phase) of its newest arrival
@@ -47,57 +61,61 @@ def test_random_programs_agree_with_the_model():
             for address in (8, 64, 248):
                 count = int(rng.choice([1, 2, 7, 64, 200, LARGEST]))
                 kit.init(cohort(wave, [slot * 64]), address, count)
-                models[slot, address] = Model(count)
+                models[slot, address] = Model.new(count)
         for _ in range(60):
             # Each lane has its own barrier of those in its block.
             lanes = np.sort(rng.choice(192, int(rng.integers(1, 40)), replace=False))
+            if rng.random() < 0.5:
+                lanes = lanes[lanes // 64 == lanes[0] // 64]
             c = cohort(wave, lanes)
             addresses = rng.choice([8, 64, 248], lanes.shape[0])
             if rng.random() < 0.4:
                 addresses = addresses[:1]
             keys = [(g // 64, int(a)) for g, a in zip(lanes, c.full(addresses), strict=True)]
-            counts = rng.integers(1, 4, lanes.shape[0])
-            what = str(rng.choice(["arrive_n", "drop", "arrive_tx", "expect", "finish", "jump"]))
+            counts = rng.integers(1, rng.choice([2, 4]), lanes.shape[0])
+            what = str(rng.choice(KINDS, p=WEIGHTS))
             if what == "jump":
-                # One arrival, of all that is missing.
+                # All bytes that are missing, and one arrival, of all that is missing then.
                 c = cohort(wave, lanes[:1])
-                model = models[keys[0]]
-                if model.pending:
-                    kit.arrive_n(c, keys[0][1], model.pending)
-                    model.pending = 0
+                model, address = models[keys[0]], keys[0][1]
+                if model.tx:
+                    (kit.finish if model.tx > 0 else kit.expect)(c, address, abs(model.tx))
+                    model.tx = 0
                     model.settle()
+                if model.pending:
+                    kit.arrive_n(c, address, model.pending)
+                    assert model.arrive(model.pending)
                     flips += 1
                 continue
-            needs = {}
+            after = {k: replace(models[k]) for k in keys}
+            expected, may = [], True  # states; whether nothing forbidden happens
             for k, n in zip(keys, counts.tolist(), strict=True):
-                needs[k] = needs.get(k, 0) + (1 if what == "arrive_tx" else n)
-            if what in ("arrive_n", "drop", "arrive_tx") and any(
-                needs[k] > models[k].pending for k in needs
-            ):
-                with pytest.raises(KernelTrap):
+                model = after[k]
+                expected.append((model.pending, model.phase))
+                if what in ("expect", "finish"):
+                    model.tx += n if what == "expect" else -n
+                elif what == "arrive_tx":
+                    may &= model.arrive(1, tx=n)
+                else:
+                    may &= model.arrive(n, drop=what == "drop")
+            if not may:
+                data, phases = wave.memory.shared.data.copy(), dict(wave.mbarriers)
+                with pytest.raises(KernelTrap, match="needs only"):
                     getattr(kit, what)(c, addresses, counts)
+                wave.memory.shared.data[:], wave.mbarriers = data, phases
                 continue
             result = getattr(kit, what)(c, addresses, counts)
-            for i, (k, n) in enumerate(zip(keys, counts.tolist(), strict=True)):
-                model = models[k]
-                if what in ("arrive_n", "drop", "arrive_tx"):
-                    assert kit.pending(result[i]) == model.pending
-                    states[k] = result[i], model.phase
-                if what == "arrive_tx":
-                    model.tx += n
-                    model.pending -= 1
-                elif what == "expect":
-                    model.tx += n
-                elif what == "finish":
-                    model.tx -= n
-                else:
-                    model.pending -= n
-                    if what == "drop":
-                        model.expected -= n
-            for k in needs:
-                before = models[k].phase
-                models[k].settle()
-                flips += models[k].phase - before
+            if what in ("expect", "finish"):
+                for model in after.values():
+                    model.settle()
+            else:
+                assert [(kit.pending(s), int(s) >> 20) for s in result] == expected
+                for k, s, (_, phase) in zip(keys, result, expected, strict=True):
+                    states[k] = s, phase
+            steps = [model.phase - models[k].phase for k, model in after.items()]
+            flips += sum(steps)
+            several += max(steps) > 1
+            models.update(after)
             # Every lane looks at every barrier.
             for slot in range(3):
                 watchers = cohort(wave, range(slot * 64, slot * 64 + 64, 7))
@@ -112,6 +130,7 @@ def test_random_programs_agree_with_the_model():
                             done = kit.test(watchers, address, state)
                             assert flag(watchers, done) == [phase > of] * watchers.n
     assert flips > 50
+    assert several > 20
 
 
 def test_word_encoding():
@@ -143,6 +162,35 @@ def test_one_instruction_of_many_lanes_and_blocks():
     assert [kit.pending(s) for s in states] == list(range(96, 0, -1)) * 5
     assert flag(everyone, kit.test(everyone, 16, states)) == [True] * 480
     assert flag(everyone, kit.test_parity(everyone, 16, 1)) == [False] * 480
+
+
+def test_lanes_of_one_instruction_complete_several_phases():
+    wave = make_wave((64, 1, 1), (2, 1, 1), shared=64)
+    wave.race = race = Recorder()
+    kit = Kit(check_race=True)
+    kit.init(cohort(wave, [0, 64]), 16, [16, 32])
+    c = cohort(wave, [*range(32), *range(64, 96)])
+    states = kit.arrive(c, 16)
+    assert [kit.pending(s) for s in states] == [*range(16, 0, -1)] * 2 + [*range(32, 0, -1)]
+    assert [int(s) >> 20 for s in states] == [0] * 16 + [1] * 16 + [0] * 32
+    assert wave.mbarriers == {16: 2, wave.shared_stride + 16: 1}
+    # Each lane releases the phase that it arrives on.
+    at = np.repeat([16, wave.shared_stride + 16], 32)
+    told = {}
+    for gids, keys in race.named("release"):
+        told |= zip(gids.tolist(), np.broadcast_to(keys, gids.shape).tolist(), strict=True)
+    phases = np.repeat([0, 1, 0, 0], 16)
+    assert told == dict(zip(c.gids.tolist(), phase_key(at, phases).tolist(), strict=True))
+    ((forgotten,),) = race.named("forget")
+    assert forgotten.tolist() == [phase_key(16, 0)]
+
+
+def test_far_more_phases_than_python_could_nest_calls_for():
+    wave = make_wave((1024, 1, 1), shared=64)
+    kit = Kit()
+    kit.init(cohort(wave, [0]), 16, 1)
+    kit.sink(cohort(wave), 16)
+    assert wave.mbarriers == {16: 1024}
 
 
 def test_barriers_out_of_order_among_the_lanes():
@@ -186,7 +234,7 @@ def test_dropping_out_changes_later_phases():
     assert flag(c, kit.test_parity(c, 0, 0)) == [False]
     kit.finish(c, 0, 40)
     assert flag(c, kit.test_parity(c, 0, 0)) == [True]
-    with pytest.raises(KernelTrap, match="1 arrivals at once .* needs only 0 more of 0"):
+    with pytest.raises(KernelTrap, match="an arrival with count 1 .* needs only 0 more of 0"):
         kit.arrive(c, 0)
 
 

@@ -64,11 +64,16 @@ def test_counts_out_of_range(count):
 def test_more_arrivals_than_expected():
     wave = make_wave()
     kit = Kit()
-    c = cohort(wave, range(32))
-    kit.init(cohort(wave, [0]), 16, 1)
-    message = "32 arrivals at once on the mbarrier at shared 0x10, whose phase 0 needs only 1 more"
+    leader = cohort(wave, [0])
+    kit.init(leader, 16, 2)
+    message = "count 3 on the mbarrier at shared 0x10, whose phase 0 needs only 2 more of 2"
     with pytest.raises(KernelTrap, match=message):
-        kit.sink(c, 16)
+        kit.arrive_n(leader, 16, 3)
+    # The phase does not end while bytes are missing.
+    kit.expect(leader, 16, 4)
+    message = r"thread \(9, 0, 0\): an arrival with count 1 .* phase 0 needs only 0 more of 2"
+    with pytest.raises(KernelTrap, match=message):
+        kit.sink(cohort(wave, [3, 8, 9, 10]), 16)
 
 
 def test_the_tx_count_is_bounded():

@@ -15,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cumla.sim.cohort import Cohort
+from cumla.sim.copies import Land
 from cumla.sim.errors import KernelTrap
 from cumla.sim.isa.bulk import bulk, reduce_bulk
 from cumla.sim.isa.table import Env, Op, Unsupported, instruction
 from cumla.sim.isa.tensor_copy import reduce_tensor, tensor
-from cumla.sim.mbarriers import Found, Mbarriers
+from cumla.sim.mbarriers import Mbarriers, in_turns
 from cumla.sim.memory.access import reader, writer
 from cumla.sim.memory.arena import WORDS
 from cumla.sim.memory.faults import Access, fault
@@ -221,14 +222,11 @@ def _mbarrier_arrive(ins: Instruction, env: Env) -> Op:
     increments = middle == spaces
     words = Mbarriers(ins, env, "shared" if spaces else "generic")
 
-    def arrive(c: Cohort, at: Array) -> None:
-        barriers = Found(words, c, at)
-        barriers.load()
-        barriers.take_arrivals(ONE)
-        barriers.store()
-
-    def keys(c: Cohort, at: Array) -> Array:
-        return Found(words, c, at).keys()
+    def arrive(c: Cohort, at: Array, land: Land) -> None:
+        for _, barriers in in_turns(words, c, at, ONE):
+            land(barriers.c, barriers.keys())
+            barriers.take_arrivals(ONE)
+            barriers.store()
 
     def run(c: Cohort, address: Array) -> None:
         barriers = words.find(c, address)
@@ -237,6 +235,6 @@ def _mbarrier_arrive(ins: Instruction, env: Env) -> Op:
             barriers.add_pending(ONE)
             barriers.store()
         barriers.tell("cta")
-        c.wave.copies.arrive(c, barriers.lane_offsets, arrive, keys)
+        c.wave.copies.arrive(c, barriers.lane_offsets, arrive)
 
     return Op(run, ("addr",), cohort=True)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from cumla.sim.cohort import Cohort
 from cumla.sim.errors import KernelTrap
 from cumla.sim.isa.table import Env, Op, Unsupported, instruction, needs
-from cumla.sim.mbarriers import COUNT_BITS, LARGEST, Found, Mbarriers, phase_key
+from cumla.sim.mbarriers import COUNT_BITS, LARGEST, Found, Mbarriers, in_turns, phase_key
 from cumla.sim.memory.spaces import CLUSTER
 from cumla.sim.ptx.syntax import Instruction, Sink
 
@@ -120,11 +120,21 @@ def _arrive(ins: Instruction, env: Env) -> Op:
     words = _words(ins, env, found, own=wanted)
 
     def run(c: Cohort, address: Array, operand: Array = ONE) -> Array:
-        count = ONE if expects_tx else operand
-        if count is not ONE:
-            words.check_count(c, count)
-        barriers = words.find(c, address)
-        barriers.load()
+        if not expects_tx and operand is not ONE:
+            words.check_count(c, operand)
+        at, count = words.offsets(c, address), ONE if expects_tx else operand
+        states: Array | None = None
+        for rows, barriers in in_turns(words, c, at, count):
+            if rows is None:
+                return arrive(barriers, operand)
+            if states is None:
+                states, operand = np.zeros(c.n, np.uint64), c.full(operand)
+            states[rows] = arrive(barriers, operand[rows])
+        assert states is not None
+        return states
+
+    def arrive(barriers: Found, operand: Array) -> Array:
+        c, count = barriers.c, ONE if expects_tx else operand
         state = barriers.state(count) if wanted else NO_STATE
         if env.check_race:
             barriers.tell(scope)
