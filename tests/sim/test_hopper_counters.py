@@ -1,14 +1,16 @@
-"""What is counted of kernels for Hopper: by sizes of matrices, not by how it is counted."""
+"""Kernels for Hopper: what is counted of them, by sizes of matrices; the versions of their PTX."""
 
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
 
 from cumla import sim
 from cumla.sim.profile import page
+from sim import cuda, kernel_files
 from sim import hopper_kernels as hopper
 
 M, N, K = 256, 128, 192
@@ -54,3 +56,13 @@ def test_multicast(counted: list[sim.Launch]) -> None:
     assert total.multicast_bytes_saved == 2 * K * N
     assert total.bulk_bytes == 2 * K * (M + 2 * N) + 4 * M * N
     assert total.bulk_sectors * 32 == total.bulk_bytes - total.multicast_bytes_saved
+
+
+@pytest.mark.parametrize("version", ["8.0", "8.8", "9.0"])
+def test_versions_of_ptx(version: str) -> None:
+    """Compilers since the first for Hopper differ in the version that they write."""
+    source = (kernel_files.FOLDER / "hopper_gemm.cu").read_text()
+    ptx = cuda.ptx(source, "sm_90a", f"-I{kernel_files.FOLDER}", "-DSTAGES=2")
+    found, count = re.subn(r"(?m)^\.version .*$", f".version {version}", ptx)
+    assert count == 1
+    assert set(sim.load(found).kernels) >= {"gemm_f32", "gemm_bf16"}
