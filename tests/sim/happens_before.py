@@ -66,9 +66,10 @@ class Program:
         self.looks: dict[tuple[str, int], Look] = {}
         self.observed: dict[tuple[int, int], list[Did]] = {}  # node of a write, byte: lookers
         self.fences: dict[int, bool] = {}  # node: whether wide
-        self.proxy_fences: list[int] = []
+        self.proxy_fences: list[tuple[int, str]] = []  # node, the space or ""
         self.seen: dict[tuple[int, int], list[tuple[int, bool]]] = {}
         self.keys: dict[int, list[int]] = {}
+        self.told: dict[int, list[int]] = {}  # by key: fences before relaxed arrivals
         # Two accesses and the bytes; those where the second is sure to race, see `access`.
         self.races: list[tuple[Did, Did, set[int], set[int]]] = []
 
@@ -112,8 +113,8 @@ class Program:
             if order != "acquire":
                 self.fences[self.step(thread)] = scope != "cta"
 
-    def proxy_fence(self, threads: list[tuple[int, int]]) -> None:
-        self.proxy_fences += [self.step(thread) for thread in threads]
+    def proxy_fence(self, threads: list[tuple[int, int]], limit: str) -> None:
+        self.proxy_fences += [(self.step(thread), limit) for thread in threads]
 
     def _acquire(self, thread: tuple[int, int], is_wide: bool) -> None:
         seen = self.seen.get(thread, [])
@@ -126,23 +127,34 @@ class Program:
         for thread in threads:
             self.keys.setdefault(key, []).append(self.step(thread))
 
+    def release_fenced(self, thread: tuple[int, int], key: int) -> None:
+        reach = self.flow[self.step(thread)]
+        fences = [node for node, is_wide in self.fences.items() if is_wide and reach >> node & 1]
+        self.told.setdefault(key, []).extend(fences)
+
     def acquire(self, threads: list[tuple[int, int]], key: int) -> None:
         for thread in threads:
-            own = [self.last[thread]] if thread in self.last else []
-            self.last[thread] = self.node(own + self.keys.get(key, []))
+            flow = [self.last[thread]] if thread in self.last else []
+            flow += self.keys.get(key, [])
+            self.last[thread] = self.node(flow + self.told.get(key, []), flow)
 
     # Accesses
 
     def known(self, a: Did, did: Did, fenced: bool) -> bool:
         """Whether a, or if it is asynchronous its end, happens before did.
 
-        fenced: if a is of the generic proxy and did is not, a proxy fence must be between them.
+        fenced: if a is of the generic proxy and did is not, a proxy fence of their space, or of
+            all, must be between them.
         """
         ends = [a.node] if a.ends is None else a.ends
         reach = self.before[did.node]
         if fenced and did.proxy and not a.proxy:
-            fences = [fence for fence in self.proxy_fences if reach >> fence & 1]
-            return any(self.before[fence] >> n & 1 for fence in fences for n in ends)
+            return any(
+                self.before[fence] >> n & 1
+                for fence, limit in self.proxy_fences
+                if reach >> fence & 1 and did.space.startswith(limit)
+                for n in ends
+            )
         return any(reach >> n & 1 for n in ends)
 
     def ordered(self, a: Did, did: Did) -> bool:

@@ -78,6 +78,7 @@ class Both:
         else:
             self.detector.next_wave(self.now)
             self.program.keys.clear()
+            self.program.told.clear()
         self.shared = f"shared {blocks}"
 
     def reported(self, space, offsets, nbytes, states, threads, site, unfenced=None, slots=None):
@@ -188,6 +189,12 @@ class Both:
         for gid, key in zip(gids, np.broadcast_to(keys, len(gids)).tolist(), strict=True):
             self.program.release([self.of(gid)], key)
 
+    def release_fenced(self, gids, keys):
+        self.next("release_fenced", gids, keys)
+        self.detector.release_fenced(np.array(gids), np.array(keys))
+        for gid, key in zip(gids, keys, strict=True):
+            self.program.release_fenced(self.of(gid), key)
+
     def acquire(self, gids, keys):
         self.next("acquire", gids, keys)
         self.detector.acquire(np.array(gids), np.array(keys))
@@ -257,10 +264,10 @@ class Both:
             self.program.completed(dids, key)
         self.detector.completed_to(np.array(keys), np.array(issuers), np.array(queues), stamp)
 
-    def proxy_fence(self, gids):
-        self.next("proxy_fence", gids)
-        self.detector.proxy_fence(self.cohort(gids))
-        self.program.proxy_fence([self.of(gid) for gid in gids])
+    def proxy_fence(self, gids, limit=""):
+        self.next("proxy_fence", gids, limit)
+        self.detector.proxy_fence(self.cohort(gids), limit)
+        self.program.proxy_fence([self.of(gid) for gid in gids], limit)
 
     def exit(self, gids):
         self.next("exit", gids)

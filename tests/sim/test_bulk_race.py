@@ -111,6 +111,51 @@ def test_a_block_must_not_end_before_its_copies_have_read(delivery):
         run(source.replace("if (t == 0) { wait_read<0>();", "if (t == 0) {"), delivery)
 
 
+# What was written in shared memory is stored, and what was written in global memory is loaded.
+SPACES = r"""
+__device__ void fence_of_all() { proxy_fence(); }
+__device__ void fence_of_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+__device__ void fence_of_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+extern "C" __global__ void k(u32* out, u32* data) {
+    __shared__ __align__(16) u32 buffer[64];
+    __shared__ u64 bar;
+    int t = threadIdx.x;
+    if (t == 0) init(&bar, 1);
+    WRITE; // USE
+    FENCE;
+    __syncthreads();
+    if (t == 0) { COPY; }
+    if (t == 0) wait_group<0>();
+}
+"""
+BULK_STORE = {"WRITE": "buffer[t] = t + 1", "COPY": "store(out, buffer, 256); commit()"}
+BULK_LOAD = {
+    "WRITE": "data[t] = t + 1",
+    "COPY": "expect(&bar, 256); load(buffer, data, 256, &bar); wait(&bar, 0); out[7] = buffer[7]",
+}
+
+
+@pytest.mark.parametrize("fence", ["all", "shared", "global"])
+@pytest.mark.parametrize(
+    ("program", "needs", "copy"), [(BULK_STORE, "shared", STORE), (BULK_LOAD, "global", LOAD)]
+)
+def test_a_proxy_fence_of_a_space_is_for_what_was_written_there(program, needs, copy, fence):
+    source = SPACES.replace("FENCE", f"fence_of_{fence}()")
+    for name, text in program.items():
+        source = source.replace(name, text)
+    x = np.zeros(64, np.uint32)
+    if fence in ("all", needs):
+        out, _ = launch(source, 1, 64, x, x, checks=BOTH)
+        assert out[7] == 8
+        return
+    with pytest.raises(sim.RaceError, match="fence.proxy.async missing between them") as caught:
+        launch(source, 1, 64, x, x, checks=BOTH)
+    (race,) = caught.value.races
+    at = [cuda.line_of(HEAD + source, mark) for mark in (USE, copy)]
+    race = re.sub(r" \(inlined at [^)]*\)", "", race)
+    assert [int(n) for n in re.findall(r"k\.cu:(\d+)", race)] == at
+
+
 REDUCE = r"""
 extern "C" __global__ void k(u32* sum, const u32* in) {
     __shared__ __align__(16) u32 buffer[64];

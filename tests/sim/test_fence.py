@@ -23,16 +23,23 @@ THREAD_FENCES |= {
     "fence.acquire.sync_restrict::shared::cluster.cluster": ("cluster", "acquire"),
     "fence.release.sync_restrict::shared::cta.cluster": ("cluster", "release"),
 }
-PROXY_FENCES = [
-    f"{opcode}.proxy.{kind}"
+# The space that the race detector is told of ("": all); None: it is told nothing.
+PROXY_FENCES = {
+    f"{opcode}.proxy.{kind}": limit
     for opcode in ("fence", "membar")
-    for kind in ("alias", "async", "async.global", "async.shared::cta", "async.shared::cluster")
-]
-PROXY_FENCES += [
-    "fence.proxy.tensormap::generic.release.gpu",
-    "fence.proxy.async::generic.acquire.sync_restrict::shared::cluster.cluster",
-    "fence.proxy.async::generic.release.sync_restrict::shared::cta.cluster",
-]
+    for kind, limit in {
+        "alias": None,
+        "async": "",
+        "async.global": "global",
+        "async.shared::cta": "shared",
+        "async.shared::cluster": "shared",
+    }.items()
+}
+PROXY_FENCES |= {
+    "fence.proxy.tensormap::generic.release.gpu": None,
+    "fence.proxy.async::generic.acquire.sync_restrict::shared::cluster.cluster": None,
+    "fence.proxy.async::generic.release.sync_restrict::shared::cta.cluster": "shared",
+}
 WRONG = [
     "fence",
     "fence.relaxed.cta",
@@ -73,8 +80,8 @@ def test_the_race_detector_is_told_of_fences_of_the_asynchronous_proxy(text):
     wave.race = Recorder()
     c = cohort(wave)
     Bound(text, check_race=True)(c)
-    ordered = "async" in text and "acquire" not in text
-    assert wave.race.calls == ([("proxy_fence", (c,))] if ordered else [])
+    limit = PROXY_FENCES[text]
+    assert wave.race.calls == ([] if limit is None else [("proxy_fence", (c, limit))])
 
 
 def test_a_tensormap_fence_has_an_address_and_a_size():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cumla.sim.race.clock import Clock, Part
+from cumla.sim.race.clock import Clock, Part, merged
 from cumla.sim.race.clocks import Clocks, Rows
 from cumla.sim.race.lanes import Threads
 from cumla.sim.race.layout import COPY_AGENTS, Layout
@@ -70,8 +70,25 @@ def test_lanes_that_know_the_same_go_on_to_share_it() -> None:
 def test_what_proxy_fences_covered_does_not_nest() -> None:
     rng = np.random.default_rng(2)
     first, second, third = (random_clock(rng) for _ in range(3))
-    covered = Clock(second.parts, LANES, third)
-    clock = Clock(first.parts, LANES, covered)
+    covered = Clock(second.parts, LANES, (third, None, None))
+    clock = Clock(first.parts, LANES, (None, covered, None))
     assert clock.proxy is not None
-    assert clock.proxy.parts is second.parts
-    assert clock.proxy.proxy is None
+    none, covered_again, none_either = clock.proxy
+    assert covered_again is not None
+    assert covered_again.parts is second.parts
+    assert covered_again.proxy is none is none_either is None
+
+
+def test_what_proxy_fences_covered_is_merged_each_for_itself() -> None:
+    rng = np.random.default_rng(3)
+    first, second, third, other = (random_clock(rng) for _ in range(4))
+    one = Clock(first.parts, LANES, (second, None, None))
+    two = Clock(first.parts, LANES, (None, third, None))
+    both = merged(one, two)
+    assert both is not None
+    assert both.proxy == (second, third, None)
+    assert merged(both, one) is both  # so that what polls see stays the same
+    assert merged(both, Clock(first.parts, LANES)) is both
+    more = merged(Clock(other.parts, LANES), one)
+    assert more is not None
+    assert more.proxy is one.proxy

@@ -14,6 +14,7 @@ from sim.race_programs import PART, STRIDE, Both, hand_over
 QUEUES = (11, 12, 13)
 GENERIC_QUEUE = 14  # what st.async does
 KEYS = (100, 101, 102)
+LIMITS = ("", "shared", "global")
 
 
 class Player:
@@ -25,6 +26,7 @@ class Player:
         self.queues = queues
         self.calm = rng.choice([0, 0.6, 0.9])
         self.atomics = rng.choice([0, 0.3])
+        self.limits = rng.choice([LIMITS, LIMITS[:1], LIMITS[1:]])
         self.waves = 1
 
     def play(self, events, waves=()):
@@ -80,7 +82,10 @@ class Player:
         self.both.access(some, space, self.places(some, space, nbytes), nbytes, kind, order, scope)
         if rng.random() < self.calm:
             if rng.random() < 0.7:
-                self.both.proxy_fence(rng.choice([some, self.live]))
+                limit = rng.choice(self.limits)
+                if limit and rng.random() < 0.9:
+                    limit = space
+                self.both.proxy_fence(rng.choice([some, self.live]), limit)
             self.settle()
 
     def asynchronous(self):
@@ -130,7 +135,8 @@ class Player:
             hand_over(self.rng, self.both, self.live)
 
     def proxy_fence(self):
-        self.both.proxy_fence(self.rng.choice([self.live, self.some()]))
+        gids = self.rng.choice([self.live, self.some()])
+        self.both.proxy_fence(gids, self.rng.choice(self.limits))
 
     def barrier(self):
         self.both.barrier(self.rng.choice([self.live, self.some()]))
@@ -142,7 +148,8 @@ class Player:
     def keys(self):
         some = self.some()
         keys = [self.rng.choice(KEYS) for _ in some]
-        self.rng.choice([self.both.release, self.both.acquire])(some, keys)
+        both = self.both
+        self.rng.choice([both.release, both.release_fenced, both.acquire])(some, keys)
 
     def hand_over(self):
         hand_over(self.rng, self.both, self.live)
@@ -206,16 +213,22 @@ def test_more_queues_than_are_told_apart(shape):
 
 
 def maybe_fence(rng, both, gids):
-    if rng.random() < 0.35:
-        both.proxy_fence(sorted(gids))
+    if rng.random() < 0.4:
+        both.proxy_fence(sorted(gids), rng.choice(LIMITS))
 
 
 def pass_on(rng, both, giver, taker):
     """What one lane knows goes to another; proxy fences here and there."""
     live = both.live()
     maybe_fence(rng, both, [giver])
-    way = rng.choice(["key", "flag", "flag", "acquire", "block", "warp", "late fence"])
-    if way == "key":
+    ways = ["key", "relaxed key", "flag", "flag", "acquire", "block", "warp", "late fence"]
+    way = rng.choice(ways)
+    if way == "relaxed key":
+        both.fence([giver], "gpu", "release")
+        maybe_fence(rng, both, [giver])
+        both.release_fenced([giver], [KEYS[2]])
+        both.acquire([taker], [KEYS[2]])
+    elif way == "key":
         both.release([giver], KEYS[0])
         maybe_fence(rng, both, [giver])
         both.acquire([taker], [KEYS[0]])

@@ -34,12 +34,18 @@ def queue(gid, kind, at=0, name=11, space="shared", nbytes=4, proxy=True):
     return "asynchronous", [(gid, name, [at])], space, kind, nbytes, proxy
 
 
-def fence(*gids):
-    return "proxy_fence", list(gids)
+def fence(*gids, limit=""):
+    return "proxy_fence", list(gids), limit
 
 
 def waited(gids, event, name=11):
     return "queue_completed", gids, [name] * len(gids), event
+
+
+def arrival(one, other):
+    """A relaxed arrival after a fence."""
+    fenced = ("fence", [one], "gpu", "release")
+    return [fenced, ("release_fenced", [one], [9]), ("acquire", [other], [9])]
 
 
 BARRIER = ("barrier", ALL)
@@ -71,6 +77,49 @@ CASES = {
     ),
     "a fence, but no barrier": ([write(33), fence(33), queue(0, "read")], {NO_BARRIER}),
     "neither": ([write(33), queue(0, "read")], {NO_BARRIER}),
+    "a fence of the space": (
+        [write(33), fence(33, limit="shared"), BARRIER, queue(0, "read")],
+        set(),
+    ),
+    "a fence of another space": (
+        [write(33), fence(*ALL, limit="global"), BARRIER, queue(0, "read")],
+        {NO_FENCE},
+    ),
+    "a fence of the space, too late for some": (
+        [
+            write(33), fence(33, limit="shared"), write(33, 4), fence(33, limit="global"),
+            BARRIER, queue(0, "read"), queue(0, "read", 4),
+        ],
+        {NO_FENCE},
+    ),
+    "global memory, a fence of the space": (
+        [
+            write(33, space="global"), BARRIER, fence(0, limit="global"),
+            queue(0, "read", space="global"),
+        ],
+        set(),
+    ),
+    "global memory, a fence of another space": (
+        [
+            write(33, space="global"), BARRIER, fence(0, limit="shared"),
+            queue(0, "read", space="global"),
+        ],
+        {NO_FENCE},
+    ),
+    "both spaces, a fence of each": (
+        [
+            write(33), write(33, space="global"), fence(33, limit="shared"), BARRIER,
+            fence(0, limit="global"), queue(0, "read"), queue(0, "read", space="global"),
+        ],
+        set(),
+    ),
+    "both spaces, one fence": (
+        [
+            write(33), write(33, space="global"), fence(33), BARRIER, queue(0, "read"),
+            queue(0, "read", space="global"),
+        ],
+        set(),
+    ),
     "a read needs no fence": ([read(33), BARRIER, queue(0, "write")], set()),
     "st.async needs no fence": ([write(33), BARRIER, queue(0, "write", proxy=False)], set()),
     "a copy of st.async": (
@@ -78,6 +127,22 @@ CASES = {
         {NO_FENCE},
     ),
     "a fence goes with a flag": ([write(0), fence(0), *FLAG, queue(32, "read")], set()),
+    "a fence of the space goes with a flag": (
+        [write(0), fence(0, limit="shared"), *FLAG, queue(32, "read")],
+        set(),
+    ),
+    "a fence of another space goes with a flag": (
+        [write(0), fence(0, limit="global"), *FLAG, queue(32, "read")],
+        {NO_FENCE},
+    ),
+    "a fence of the space goes with a relaxed arrival": (
+        [write(0), fence(0, limit="shared"), *arrival(0, 32), queue(32, "read")],
+        set(),
+    ),
+    "a fence of another space goes with a relaxed arrival": (
+        [write(0), fence(0, limit="global"), *arrival(0, 32), queue(32, "read")],
+        {NO_FENCE},
+    ),
     "a fence after the fence of the flag": (
         [write(0), FLAG[0], fence(0), *FLAG[1:], queue(32, "read")],
         {NO_FENCE},
@@ -172,6 +237,14 @@ CLUSTER_CASES = {
     "no fence": ([write(64), *meet(0, 64), queue(0, "read")], {NO_FENCE}),
     "a fence on the way": ([write(64), *meet(0, 64), fence(0), queue(0, "read")], set()),
     "a fence before": ([write(64), fence(64), *meet(0, 64), queue(0, "read")], set()),
+    "a fence of the space before": (
+        [write(64), fence(64, limit="shared"), *meet(0, 64), queue(0, "read")],
+        set(),
+    ),
+    "a fence of another space before": (
+        [write(64), fence(64, limit="global"), *meet(0, 64), queue(0, "read")],
+        {NO_FENCE},
+    ),
     "a fence that the second meeting hands on": (
         [
             write(64), fence(64), ("release", [64], 5), ("acquire", [0], [5]),

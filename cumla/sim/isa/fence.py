@@ -23,19 +23,19 @@ RESTRICTED = {
     ("release", "sync_restrict::shared::cta", "cluster"),
     ("mbarrier_init", "release", "cluster"),
 }
-PROXIES = {
+# Fences of what generic accesses did for asynchronous ones, and the space of those; "": any.
+ASYNC = {
+    ("async",): "",
+    ("async", "global"): "global",
+    ("async", "shared::cta"): "shared",
+    ("async", "shared::cluster"): "shared",
+    ("async::generic", "release", "sync_restrict::shared::cta", "cluster"): "shared",
+}
+OTHER_PROXIES = {
     ("alias",),
-    ("async",),
-    ("async", "global"),
-    ("async", "shared::cta"),
-    ("async", "shared::cluster"),
-}
-# Proxy fences that go one way.
-TENSORMAP = "tensormap::generic"
-ASYNC_GENERIC = {
     ("async::generic", "acquire", "sync_restrict::shared::cluster", "cluster"),
-    ("async::generic", "release", "sync_restrict::shared::cta", "cluster"),
 }
+TENSORMAP = "tensormap::generic"
 
 
 @instruction("fence")
@@ -89,14 +89,14 @@ def _proxy(ins: Instruction, env: Env, words: tuple[str, ...]) -> Op:
         if words[1] == "acquire":
             kinds = ("addr", "u32")
     else:
-        known = words in PROXIES or words in ASYNC_GENERIC
+        known = words in ASYNC or words in OTHER_PROXIES
     if not known or len(ins.operands) != len(kinds):
         raise Unsupported(f"form {ins.name!r} with {len(ins.operands)} operands")
     if words != ("alias",):
         needs(env, 90, ins)
-    ordered = words[0] == "async" or (words in ASYNC_GENERIC and "release" in words)
-    if env.check_race and ordered:
-        return Op(lambda c: c.wave.race.proxy_fence(c), (), cohort=True)
+    if env.check_race and words in ASYNC:
+        limit = ASYNC[words]
+        return Op(lambda c: c.wave.race.proxy_fence(c, limit), (), cohort=True)
     return Op(_nothing, kinds, cohort=True)
 
 

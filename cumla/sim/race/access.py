@@ -35,7 +35,7 @@ class Step:
         values: [n] the state that each lane would leave.
         queued: queues make the access, on behalf of the lanes: of a queue's accesses the last one
             stands for the others, but none is ordered after another.
-        proxy: they do so through the asynchronous proxy.
+        proxy: the space, if they do so through the asynchronous proxy; else "".
         limit: 0-d; states below it need not be looked at.
     """
 
@@ -49,7 +49,7 @@ class Step:
         lanes: Lanes,
         values: Array,
         queued: bool = False,
-        proxy: bool = False,
+        proxy: str = "",
     ) -> None:
         self.shadow = shadow
         self.site = site
@@ -369,7 +369,9 @@ class Accesses:
             slots = offsets // self.stride if shadow.crossed else None
             offsets = offsets % self.stride - self.start
         threads = self.past.clocks.threads.thread[gids]
-        unfenced = self.past.unfenced_only(states, gids) if step.proxy else None
+        unfenced = None
+        if step.proxy:
+            unfenced = self.past.unfenced_only(states, gids, step.proxy)
         self.reports.add(
             shadow.space, offsets, level.width, states, threads, step.site, unfenced, slots
         )

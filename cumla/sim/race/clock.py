@@ -31,24 +31,28 @@ class Part:
         return self is other or (self.low >= other.high and not other.copies)
 
 
+# What proxy fences covered, for each of `fences.LIMITS`.
+Covered = tuple["Clock | None", ...]
+
+
 class Clock:
     """What is known of the threads of the blocks in it. Never changed; compared by identity.
 
     Attributes:
         parts: by block. Clocks share them.
         lanes: threads of a block.
-        proxy: what of it a proxy fence covered, or None.
+        proxy: what of it proxy fences covered, or None.
     """
 
     __slots__ = ("_blocks", "_rows", "lanes", "parts", "proxy")
 
-    def __init__(self, parts: dict[int, Part], lanes: int, proxy: Clock | None = None) -> None:
+    def __init__(self, parts: dict[int, Part], lanes: int, proxy: Covered | None = None) -> None:
         self.parts = parts
         self.lanes = lanes
-        if proxy is not None and proxy.proxy is not None:
+        if proxy is not None and any(clock and clock.proxy for clock in proxy):
             # Nobody asks what of that was covered; kept, it would get longer with every release.
-            proxy = Clock(proxy.parts, lanes)
-        self.proxy: Clock | None = proxy
+            proxy = tuple(clock and Clock(clock.parts, lanes) for clock in proxy)
+        self.proxy: Covered | None = proxy
         self._blocks: Array | None = None
         self._rows: Array | None = None
 
@@ -79,10 +83,17 @@ def merged(first: Clock | None, second: Clock | None) -> Clock | None:
             parts[block] = part
         else:
             parts[block] = Part(np.maximum(old.row, part.row), first.lanes)
-    proxy = merged(first.proxy, second.proxy)
+    proxy = _covered_by_either(first.proxy, second.proxy)
     if not changed and proxy is first.proxy:
         return first
     return Clock(parts, first.lanes, proxy)
+
+
+def _covered_by_either(first: Covered | None, second: Covered | None) -> Covered | None:
+    if first is None or second is None:
+        return second if first is None else first
+    both = tuple(map(merged, first, second))
+    return first if both == first else both
 
 
 class Abroad:

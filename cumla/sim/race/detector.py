@@ -278,7 +278,8 @@ class RaceDetector:
         who = blocks | self._locals(issuers, agents, proxy)
         nothing = np.ones(issuers.shape[0], np.int64)
         lanes = Lanes(issuers, who, nothing[0], nothing, None, even=False)
-        step = Step(shadow, site, self._history.now, lanes, who | state, True, proxy)
+        through = space if proxy else ""
+        step = Step(shadow, site, self._history.now, lanes, who | state, True, through)
         self._run(step.take(rows), offsets, nbytes)
         if self.overlap is not None and shadow.paged:
             self.overlap.access(ins, issuers[rows], offsets, nbytes, kind, False)
@@ -301,9 +302,9 @@ class RaceDetector:
         for key, block, agent in zip(keys.tolist(), blocks, locals_, strict=True):
             self._clocks.tell(key, block, agent, stamp)
 
-    def proxy_fence(self, cohort: Cohort) -> None:
-        """The lanes execute fence.proxy.async."""
-        self._order.proxy_fence(cohort.gids)
+    def proxy_fence(self, cohort: Cohort, limit: str) -> None:
+        """The lanes execute fence.proxy.async, of "shared" or "global" accesses or ("") both."""
+        self._order.proxy_fence(cohort.gids, limit)
 
     def fence(self, cohort: Cohort, scope: str, order: str) -> None:
         """The lanes execute a fence: "acq_rel", "sc", "acquire" or "release", of a scope."""

@@ -1,13 +1,16 @@
-"""What each lane knew at its last fence, and at its last proxy fence."""
+"""What each lane knew at its last fence, and at its last proxy fences."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from cumla.sim.cohort import Array
-from cumla.sim.race.clock import Abroad, Clock
+from cumla.sim.race.clock import Abroad, Clock, Covered
 from cumla.sim.race.clocks import Clocks, Rows
 from cumla.sim.race.lanes import Groups, Threads
+
+# The spaces that proxy fences are limited to; "": they are not.
+LIMITS = ("", "shared", "global")
 
 
 class FenceClocks(Clocks):
@@ -106,30 +109,76 @@ class ProxyFences(FenceClocks):
         return (apart == 0) & (stamps <= self.own.take(gids))
 
 
+class Proxies:
+    """The clocks of proxy fences: those of each limit by themselves.
+
+    An access is covered if a fence of its space or one of no limit covers it. There are clocks
+    only for the limits that were seen: most programs have fences of one.
+    """
+
+    def __init__(self, threads: Threads, rows: Rows, flows: list[FenceClocks]) -> None:
+        """flows: where to add clocks, that go along when lanes meet, once there are such fences."""
+        self._threads = threads
+        self._rows = rows
+        self._flows = flows
+        self._fences: dict[str, ProxyFences] = {}
+
+    def _limited(self, limit: str) -> ProxyFences:
+        if limit not in self._fences:
+            self._fences[limit] = ProxyFences(self._threads, self._rows)
+            self._flows.append(self._fences[limit])
+        return self._fences[limit]
+
+    def of(self, space: str) -> list[ProxyFences]:
+        """The fences that cover accesses to a space."""
+        return [fences for limit, fences in self._fences.items() if limit in ("", space)]
+
+    def fence(self, gids: Array, limit: str, clocks: Clocks, now: int) -> None:
+        """The lanes execute proxy fences of a limit."""
+        self._limited(limit).fence(gids, clocks, now)
+
+    def copy(self, other: Proxies, gids: Array) -> None:
+        """Give the lanes what they have in other."""
+        for limit, fences in other._fences.items():
+            self._limited(limit).fence(gids, fences, fences.own[gids])
+
+    def held(self, gid: int) -> Covered | None:
+        """What the lane's fences cover: for equals the same clocks."""
+        held = {limit: fences.held(gid) for limit, fences in self._fences.items()}
+        return tuple(map(held.get, LIMITS)) if any(held.values()) else None
+
+    def absorb(self, gid: int, covered: Covered | None) -> None:
+        """A lane gets to know what fences covered."""
+        for limit, clock in zip(LIMITS, covered or (), strict=False):
+            if clock is not None:
+                self._limited(limit).absorb(gid, clock)
+
+    def tell_all(self, key: int, covered: Covered | None) -> None:
+        """The object of the key gets to know what fences covered."""
+        for limit, clock in zip(LIMITS, covered or (), strict=False):
+            if clock is not None:
+                self._limited(limit).tell_all(key, clock)
+
+
 class Fences:
     """What strong writes release for the sake of fences of a scope, or of a wider one.
 
     Attributes:
         clocks: what each lane knew at its last such fence.
-        proxy: what of that proxy fences covered; None: there had been none.
+        proxy: what of that proxy fences covered.
     """
 
     def __init__(self, threads: Threads, rows: Rows, flows: list[FenceClocks]) -> None:
         """flows: where to add the clocks, that go along when lanes meet."""
         self.clocks = FenceClocks(threads, rows)
-        self.proxy: ProxyFences | None = None
-        self._flows = flows
+        self.proxy = Proxies(threads, rows, flows)
         flows.append(self.clocks)
 
-    def fence(self, gids: Array, clocks: Clocks, proxy: ProxyFences, now: int) -> None:
+    def fence(self, gids: Array, clocks: Clocks, proxy: Proxies, now: int) -> None:
         """The lanes execute a fence: what they know goes with it, and what proxy fences cover."""
         self.clocks.fence(gids, clocks, now)
-        if self.proxy is None and proxy in self._flows:
-            self.proxy = ProxyFences(proxy.threads, proxy.rows)
-            self._flows.append(self.proxy)
-        if self.proxy is not None:
-            self.proxy.fence(gids, proxy, proxy.own[gids])
+        self.proxy.copy(proxy, gids)
 
-    def held(self, gid: int) -> tuple[Clock | None, Clock | None]:
+    def held(self, gid: int) -> tuple[Clock | None, Covered | None]:
         """What the lane would release, and what of that proxy fences cover."""
-        return self.clocks.held(gid), None if self.proxy is None else self.proxy.held(gid)
+        return self.clocks.held(gid), self.proxy.held(gid)

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cumla.sim.cohort import Array
-from cumla.sim.race.clock import Clock, merged
+from cumla.sim.race.clock import Clock, Covered, merged
 from cumla.sim.race.clocks import Clocks, Rows
-from cumla.sim.race.fences import FenceClocks, Fences, ProxyFences
+from cumla.sim.race.fences import FenceClocks, Fences, Proxies
 from cumla.sim.race.lanes import Groups, Threads
 from cumla.sim.race.report import History, Site
 
@@ -91,8 +91,8 @@ class MemoryOrder:
         self.clocks = clocks
         self.history = history
         self.flows: list[FenceClocks] = []
-        self.proxy = ProxyFences(threads, rows)
-        self._proxied: dict[tuple[Clock, Clock], Clock] = {}
+        self.proxy = Proxies(threads, rows, self.flows)
+        self._proxied: dict[tuple[Clock, Covered], Clock] = {}
         self.changes = 0
         self._idle: dict[tuple[int, bytes, bytes], int] = {}
         self._rows = rows
@@ -119,15 +119,10 @@ class MemoryOrder:
                 self._wide = Fences(self.threads, self._rows, self.flows)
             self._wide.fence(gids, self.clocks, self.proxy, self.history.now)
 
-    def proxy_fence(self, gids: Array) -> None:
-        """The lanes execute fence.proxy.async."""
+    def proxy_fence(self, gids: Array, limit: str) -> None:
+        """The lanes execute fence.proxy.async, limited to a space or ("") not."""
         self.changes += 1
-        self._use_proxy()
-        self.proxy.fence(gids, self.clocks, self.history.now)
-
-    def _use_proxy(self) -> None:
-        if self.proxy not in self.flows:
-            self.flows.append(self.proxy)
+        self.proxy.fence(gids, limit, self.clocks, self.history.now)
 
     def barrier(self, gids: Array) -> None:
         """The lanes are about to meet at a barrier of their block.
@@ -160,9 +155,7 @@ class MemoryOrder:
     def _absorb(self, gid: int, clock: Clock) -> None:
         """A lane gets to know what somebody released in memory."""
         self.clocks.absorb(gid, clock)
-        if clock.proxy is not None:
-            self._use_proxy()
-            self.proxy.absorb(gid, clock.proxy)
+        self.proxy.absorb(gid, clock.proxy)
 
     def _first(self, gid: int, here: set[int]) -> int:
         """The first lane of those here from this one on."""
@@ -274,11 +267,9 @@ class MemoryOrder:
             if clock is not None:
                 self.changes += 1
                 self.clocks.tell_all(key, clock)
-                if clock.proxy is not None:
-                    self._use_proxy()
-                    self.proxy.tell_all(key, clock.proxy)
+                self.proxy.tell_all(key, clock.proxy)
 
-    def _covered(self, clock: Clock | None, proxy: Clock | None) -> Clock | None:
+    def _covered(self, clock: Clock | None, proxy: Covered | None) -> Clock | None:
         """A clock with what of it proxy fences cover: for equals the same."""
         if clock is None or proxy is None:
             return clock

@@ -6,29 +6,30 @@ import numpy as np
 
 from cumla.sim.cohort import Array
 from cumla.sim.race.clocks import Clocks
-from cumla.sim.race.fences import ProxyFences
+from cumla.sim.race.fences import Proxies
 from cumla.sim.race.layout import Layout
 
 
 class Past:
     """What lanes know of accesses that left states.
 
-    proxy: it is the asynchronous proxy that makes the access now, on behalf of the lanes.
+    proxy: the space, if it is the asynchronous proxy that makes the access now, on behalf of the
+        lanes; else "".
     """
 
-    def __init__(self, layout: Layout, clocks: Clocks, fences: ProxyFences) -> None:
+    def __init__(self, layout: Layout, clocks: Clocks, fences: Proxies) -> None:
         self.layout = layout
         self.clocks = clocks
         self.fences = fences
 
-    def unknown(self, states: Array, gids: Array, proxy: bool) -> Array:
+    def unknown(self, states: Array, gids: Array, proxy: str) -> Array:
         """[n] bool: whether each lane does not know the one access that left each state."""
         unknown = ~self._known(self.clocks, states, gids)
         if proxy:
-            unknown |= self.unfenced(states, gids)
+            unknown |= self.unfenced(states, gids, proxy)
         return unknown
 
-    def unseen(self, states: Array, gids: Array, proxy: bool) -> Array:
+    def unseen(self, states: Array, gids: Array, proxy: str) -> Array:
         """As `unknown`, of accesses that saw a write: it takes a proxy fence after reads, too."""
         return self.unknown(states | self.layout.write, gids, proxy)
 
@@ -36,7 +37,7 @@ class Past:
         stamps = (states & self.layout.stamps) >> self.layout.stamp_shift
         return clocks.known(gids, states & self.layout.threads, stamps)
 
-    def unfenced(self, states: Array, gids: Array) -> Array:
+    def unfenced(self, states: Array, gids: Array, space: str) -> Array:
         """[n] bool: which states are writes that no proxy fence made known to the lanes' copies.
 
         Those through the generic proxy, that is. PTX ISA "Causality order": operations through
@@ -49,13 +50,16 @@ class Past:
         generic = (local < layout.lanes) | (local >= layout.generic)
         at = np.flatnonzero((states & layout.write != 0) & generic)
         unfenced = np.zeros(states.shape, np.bool_)
-        unfenced[at] = ~self._known(self.fences, states[at], gids[at])
+        unfenced[at] = True
+        for fences in self.fences.of(space):
+            unfenced[at] &= ~self._known(fences, states[at], gids[at])
         return unfenced
 
-    def unfenced_only(self, states: Array, gids: Array) -> Array:
+    def unfenced_only(self, states: Array, gids: Array, space: str) -> Array:
         """[n] bool: which of the unfenced have happened before, but for that."""
         pending = states & self.layout.pending != 0
-        return self.unfenced(states, gids) & self._known(self.clocks, states, gids) & ~pending
+        known = self._known(self.clocks, states, gids) & ~pending
+        return self.unfenced(states, gids, space) & known
 
     def known_by_warps(self, noted: Array | None, gids: Array, ended: Array) -> Array:
         """[n] bool: whether each lane knows all that warps did up to their last reads, noted."""
