@@ -180,3 +180,14 @@ def test_directives() -> None:
     most = most.replace(")\n{", ")\n.maxclusterrank 2\n{")
     with pytest.raises(sim.LaunchError, match="4 blocks; at most 2 are allowed"):
         sim.load(most).kernel("k").launch(4, 1, [0], cluster=4)
+
+
+def test_the_systems_part_of_shared_memory_is_not_the_programs() -> None:
+    wave = make_wave((32, 1, 1), shared=64, shared_start=0x400)
+    lanes = cohort(wave, [0])
+    store = Bound("st.shared.u32", "[%r1]", "%r2", check_memory=True)
+    store(lanes, 0x400, 1)
+    store(lanes, 0x43C, 1)
+    for address in (0x3FC, 0x440):
+        with pytest.raises(sim.MemoryFault, match="out of bounds: write of 4 bytes"):
+            store(lanes, address, 1)
