@@ -202,3 +202,13 @@ def test_barrier_of_another_block() -> None:
     x = np.zeros((2, 32, 1), np.uint32)
     with pytest.raises(sim.KernelTrap, match="the mbarrier must be of the block that the data"):
         run(compiled(source, "b32"), "store", 2, 32, x, Empty(x.shape, np.uint32), cluster=2)
+
+
+@pytest.mark.parametrize("cluster", [1, 2])
+def test_generic_addresses_outside_shared_memory(cluster: int) -> None:
+    source = stored_source("b32").replace("complete_tx::bytes.b32", "X.b32", 1)
+    source = source.replace(".shared::cluster.mbarrier::X.", ".mbarrier::complete_tx::bytes.")
+    source = source.replace('"r"(to)', '"l"(out)').replace('"r"(bar)', '"l"(generic(bar))')
+    x = np.zeros((2, 32, 1), np.uint32)
+    with pytest.raises(sim.MemoryFault, match="out of bounds: write of 4 bytes"):
+        run(compiled(source, "b32"), "store", 2, 32, x, Empty(x.shape, np.uint32), cluster=cluster)

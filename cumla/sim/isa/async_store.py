@@ -20,10 +20,10 @@ from cumla.sim.isa.bulk import COMPLETES
 from cumla.sim.isa.bulk_places import STORES, Barrier, queue, tell_counting
 from cumla.sim.isa.table import DTYPES, Env, Op, Unsupported, instruction, needs
 from cumla.sim.memory.arena import WORDS
-from cumla.sim.memory.faults import Access, fault
+from cumla.sim.memory.faults import Access
 from cumla.sim.memory.sequence import atomic, element_dtype
 from cumla.sim.memory.shared import offsets
-from cumla.sim.memory.spaces import CLUSTER, SHARED_WINDOW, in_window
+from cumla.sim.memory.spaces import CLUSTER, SHARED_WINDOW
 from cumla.sim.memory.words import Words
 from cumla.sim.ptx.syntax import Instruction
 
@@ -101,12 +101,8 @@ def _operation(
 
     def run(c: Cohort, address: Array, *rest: Array) -> None:
         *values, mbar = rest
-        if generic:
-            outside = ~in_window(address, CLUSTER)
-            if outside.any():
-                raise fault(place, c, address - SHARED_WINDOW)
-            address = address - SHARED_WINDOW
-        to, bars = offsets(place, c, address), barrier.offsets(c, mbar)
+        # What is not in the window is in no block: `offsets` refuses it.
+        to, bars = offsets(place, c, address - place.window), barrier.offsets(c, mbar)
         barrier.must_belong(c, to, bars)
         given = np.stack([c.full(value) for value in values], axis=1)
         data = np.ascontiguousarray(given).view(np.uint8).reshape(c.n, width)
