@@ -81,9 +81,8 @@ class Barriers:
         """Arrive with the lanes that have not yet; which lanes may go on."""
         wave = self.wave
         alone = not (self.phases or self.gathering) and count is None and value is None
-        if (
-            alone and barrier.shape[0] == 1 and c.n == wave.live_count
-        ):  # everybody is here: nothing to keep
+        # If everybody is here, there is nothing to keep.
+        if alone and barrier.shape[0] == 1 and c.n == wave.live_count:
             self.check_number(ins, c, barrier)
             if wave.race is not None:
                 wave.race.barrier(c.gids)
