@@ -81,3 +81,11 @@ def launch(
     given = [device.upload(a) if isinstance(a, np.ndarray) else a for a in args]
     device.load(ptx).kernel(kernel).launch(grid, block, given, **how)
     return [g.get() for g in given if isinstance(g, sim.DeviceArray)]
+
+
+def alone(text: str) -> str:
+    """PTX of a kernel of one instruction, or a few, that may name some registers."""
+    return (
+        ".version 8.6\n.target sm_90a\n.address_size 64\n.visible .entry k() {\n"
+        ".reg .b16 %h<2>; .reg .b32 %r<4>; .reg .b64 %rd<3>;\n" + text + "\nret;\n}"
+    )

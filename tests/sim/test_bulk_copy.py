@@ -7,7 +7,7 @@ import pytest
 
 from cumla import sim
 from sim import cuda
-from sim.bulk_kit import DELIVERIES, HEAD, launch
+from sim.bulk_kit import DELIVERIES, HEAD, alone, launch
 
 # Every block loads 256 words, doubles them, and stores them.
 ROUND_TRIP = r"""
@@ -341,25 +341,18 @@ TAKEN = [
 ]
 
 
-def module(text):
-    return (
-        ".version 8.6\n.target sm_90a\n.address_size 64\n.visible .entry k() {\n"
-        ".reg .b16 %h<2>; .reg .b32 %r<4>; .reg .b64 %rd<3>;\n" + text + "\nret;\n}"
-    )
-
-
 @pytest.mark.parametrize(("text", "reason"), REFUSED)
 def test_forms_that_are_refused(text, reason):
     with pytest.raises(sim.UnsupportedPTX) as caught:
-        sim.load(module(text))
+        sim.load(alone(text))
     assert reason in str(caught.value)
 
 
 @pytest.mark.parametrize("text", TAKEN)
 def test_forms_that_are_taken(text):
-    sim.load(module(text))
+    sim.load(alone(text))
 
 
 def test_bulk_copies_need_sm_90():
     with pytest.raises(sim.UnsupportedPTX, match="sm_90"):
-        sim.load(module("cp.async.bulk.commit_group;").replace("sm_90a", "sm_89"))
+        sim.load(alone("cp.async.bulk.commit_group;").replace("sm_90a", "sm_89"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cumla import sim
+from sim.bulk_kit import alone
 
 REFUSED = [
     ("cp.async.bulk.tensor.3d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes"
@@ -41,20 +42,13 @@ TAKEN = [
 ]  # fmt: skip
 
 
-def module(text):
-    return (
-        ".version 8.6\n.target sm_90a\n.address_size 64\n.visible .entry k() {\n"
-        ".reg .b16 %h<2>; .reg .b32 %r<4>; .reg .b64 %rd<3>;\n" + text + "\nret;\n}"
-    )
-
-
 @pytest.mark.parametrize(("text", "reason"), REFUSED)
 def test_forms_that_are_refused(text, reason):
     with pytest.raises(sim.UnsupportedPTX) as caught:
-        sim.load(module(text))
+        sim.load(alone(text))
     assert reason in str(caught.value)
 
 
 @pytest.mark.parametrize("text", TAKEN)
 def test_forms_that_are_taken(text):
-    sim.load(module(text))
+    sim.load(alone(text))
