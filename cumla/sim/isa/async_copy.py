@@ -18,7 +18,7 @@ from cumla.sim.cohort import Cohort
 from cumla.sim.copies import Land
 from cumla.sim.errors import KernelTrap
 from cumla.sim.isa.bulk import bulk, reduce_bulk
-from cumla.sim.isa.table import Env, Op, Unsupported, instruction
+from cumla.sim.isa.table import Env, Op, Unsupported, instruction, nothing
 from cumla.sim.isa.tensor_copy import reduce_tensor, tensor
 from cumla.sim.mbarriers import Mbarriers, in_turns
 from cumla.sim.memory.access import reader, writer
@@ -63,7 +63,7 @@ def cp(ins: Instruction, env: Env) -> Op:
 
 
 def _for_groups(env: Env, run: Callable[..., None], kinds: tuple[str, ...]) -> Op:
-    return Op(run if env.tracked else _nothing, kinds, cohort=True)
+    return Op(run if env.tracked else nothing, kinds, cohort=True)
 
 
 def _wait_group(ins: Instruction, env: Env) -> Op:
@@ -79,10 +79,6 @@ def _wait_all(c: Cohort) -> None:
     """PTX ISA: the same as commit_group and wait_group 0."""
     c.wave.copies.commit(c)
     c.wave.copies.wait(c, 0)
-
-
-def _nothing(c: Cohort, *operands: Any) -> None:
-    return None
 
 
 def _copy(ins: Instruction, env: Env) -> Op:

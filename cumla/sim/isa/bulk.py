@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from cumla.sim.bulk import Target, Transfer
 from cumla.sim.cohort import Cohort
 from cumla.sim.errors import KernelTrap
-from cumla.sim.isa.bulk_places import Barrier, Place, multicast, tell
-from cumla.sim.isa.table import Env, Op, Unsupported
+from cumla.sim.isa.bulk_places import CHUNK, Barrier, Place, multicast, tell
+from cumla.sim.isa.table import Env, Op, Unsupported, needs, nothing
 from cumla.sim.memory.sequence import atomic, element_dtype
 from cumla.sim.memory.words import Words, of_global, refuse
 from cumla.sim.ptx.syntax import Immediate, Instruction
@@ -29,7 +29,6 @@ HINT = "L2::cache_hint"
 COMPLETES = "mbarrier::complete_tx::bytes"
 GROUP = "bulk_group"
 MULTICAST = "multicast::cluster"
-CHUNK = 16
 # PTX ISA "cp.reduce.async.bulk": operations and types by destination. Its examples have s32 with
 # .xor too, but its table does not, nor does ptxas.
 REDUCTIONS = {
@@ -59,8 +58,7 @@ REDUCTIONS = {
 def bulk(ins: Instruction, env: Env) -> Op:
     """The forms of cp.async.bulk that know no tensors; `words` are those behind it."""
     words = ins.modifiers[2:]
-    if env.target < 90:
-        raise Unsupported(f"{ins.name!r} for a target before sm_90")
+    needs(env, 90, ins)
     if words == ("commit_group",) and not ins.operands:
         return _commit(env)
     if words[:1] == ("wait_group",) and words[1:] in ((), ("read",)) and len(ins.operands) == 1:
@@ -94,13 +92,9 @@ def _operands(ins: Instruction, number: int) -> None:
         raise Unsupported(f"{ins.name!r} with {len(ins.operands)} operands")
 
 
-def _nothing(c: Cohort, *operands: Any) -> None:
-    return None
-
-
 def _commit(env: Env) -> Op:
     if not env.tracked:
-        return Op(_nothing, (), cohort=True)
+        return Op(nothing, (), cohort=True)
     return Op(lambda c: c.wave.bulk.commit(c), (), cohort=True)
 
 
@@ -110,7 +104,7 @@ def _wait(ins: Instruction, env: Env, read: bool) -> Op:
         raise Unsupported(f"{ins.name!r} with a number that is not a constant")
     number = int(newest.value)
     if not env.tracked:
-        return Op(_nothing, ("u32",), cohort=True)
+        return Op(nothing, ("u32",), cohort=True)
     return Op(lambda c, newest: c.wave.bulk.wait(c, number, read), ("u32",), cohort=True)
 
 
@@ -189,8 +183,8 @@ def _to_global(ins: Instruction, env: Env, rest: list[str]) -> Op:
     [dst], [src], size{, policy}{, mask};
     """
     found = _modifiers(ins, rest, HINT, "cp_mask")
-    if "cp_mask" in found and env.target < 100:
-        raise Unsupported(".cp_mask for a target before sm_100")
+    if "cp_mask" in found:
+        needs(env, 100, ins, of=".cp_mask")
     _operands(ins, 3 + len(found))
     taken = Place(ins, env, "shared::cta", "read", CHUNK)
 
@@ -231,7 +225,8 @@ def reduce_bulk(ins: Instruction, env: Env) -> Op:
     rest = [word for word in rest if word]
     counted = (to, source, completion) == ("shared::cluster", "shared::cta", COMPLETES)
     grouped = (to, source, completion) == ("global", "shared::cta", GROUP)
-    if env.target < 90 or not (counted or grouped) or len(rest) < 2:
+    needs(env, 90, ins)
+    if not (counted or grouped) or len(rest) < 2:
         raise Unsupported(f"form {ins.name!r}")
     hinted = grouped and rest[0] == HINT
     op, *noftz, kind = rest[hinted:] if len(rest) - hinted >= 2 else ["", ""]

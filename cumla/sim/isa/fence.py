@@ -6,10 +6,8 @@ nothing here; it tells the race detector what the program has ordered.
 
 from __future__ import annotations
 
-from typing import Any
-
 from cumla.sim.cohort import Cohort
-from cumla.sim.isa.table import Env, Op, Unsupported, instruction, needs
+from cumla.sim.isa.table import Env, Op, Unsupported, instruction, needs, nothing
 from cumla.sim.ptx.syntax import Instruction
 
 ORDERS = ("sc", "acq_rel", "acquire", "release")
@@ -73,7 +71,7 @@ def membar(ins: Instruction, env: Env) -> Op:
 
 def _thread_fence(env: Env, scope: str, order: str) -> Op:
     if not env.check_race:
-        return Op(_nothing, (), cohort=True)
+        return Op(nothing, (), cohort=True)
 
     def run(c: Cohort) -> None:
         c.wave.race.fence(c, scope, order)
@@ -97,8 +95,4 @@ def _proxy(ins: Instruction, env: Env, words: tuple[str, ...]) -> Op:
     if env.check_race and words in ASYNC:
         limit = ASYNC[words]
         return Op(lambda c: c.wave.race.proxy_fence(c, limit), (), cohort=True)
-    return Op(_nothing, kinds, cohort=True)
-
-
-def _nothing(c: Cohort, *operands: Any) -> None:
-    return None
+    return Op(nothing, kinds, cohort=True)

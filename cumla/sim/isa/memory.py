@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from cumla.sim.cohort import RANK_SHIFT, Cohort
-from cumla.sim.isa.table import DTYPES, Env, Op, Unsupported, instruction
+from cumla.sim.isa.table import DTYPES, Env, Op, Unsupported, instruction, nothing
 from cumla.sim.memory.access import reader, writer
 from cumla.sim.memory.arena import WIDEST
 from cumla.sim.memory.faults import Access, fault
@@ -251,7 +251,7 @@ def prefetch(ins: Instruction, env: Env) -> Op:
     what = frozenset(ins.modifiers) - {"global", "local", "const", "param"}
     if what not in PREFETCHES or (ins.opcode == "prefetchu" and ins.modifiers != ("L1",)):
         raise Unsupported(f"form {ins.name!r}")
-    return Op(_nothing, ("addr",), cohort=True)
+    return Op(nothing, ("addr",), cohort=True)
 
 
 @instruction("applypriority")
@@ -259,11 +259,7 @@ def applypriority(ins: Instruction, env: Env) -> Op:
     """applypriority{.global}.L2::evict_normal [a], 128: nothing but time."""
     if frozenset(ins.modifiers) - {"global"} != {"L2::evict_normal"}:
         raise Unsupported(f"form {ins.name!r}")
-    return Op(_nothing, ("addr", "u32"), cohort=True)
-
-
-def _nothing(c: Cohort, *operands: Any) -> None:
-    pass
+    return Op(nothing, ("addr", "u32"), cohort=True)
 
 
 @instruction("discard")

@@ -6,7 +6,7 @@ from typing import Any
 
 from cumla.sim.cohort import Cohort
 from cumla.sim.errors import KernelTrap
-from cumla.sim.isa.table import Env, Op, Unsupported, instruction
+from cumla.sim.isa.table import Env, Op, Unsupported, instruction, nothing
 from cumla.sim.ptx.syntax import Instruction
 
 LONGEST_SLEEP = 1_000_000  # ns; PTX ISA "nanosleep": "The maximum sleep duration is 1 millisecond"
@@ -22,7 +22,7 @@ def no_effect(ins: Instruction, env: Env) -> Op:
     kinds = NO_EFFECT[ins.opcode].get(ins.modifiers)
     if kinds is None:
         raise Unsupported(f"form {ins.name!r}")
-    return Op(_nothing, kinds, cohort=True)
+    return Op(nothing, kinds, cohort=True)
 
 
 @instruction("nanosleep")
@@ -48,7 +48,3 @@ def trap(ins: Instruction, env: Env) -> Op:
         raise KernelTrap(f"the kernel executed {ins.opcode}", c.wave.where(ins, int(c.gids[0])))
 
     return Op(run, (), cohort=True)
-
-
-def _nothing(c: Cohort, *operands: Any) -> None:
-    return None

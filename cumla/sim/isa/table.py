@@ -127,6 +127,10 @@ class Op:
     updates: bool = False
 
 
+def nothing(c: Any, *operands: Any) -> None:
+    """`Op.run`, with `cohort`, of an instruction that does nothing here."""
+
+
 Specialise = Callable[[Instruction, Env], Op]
 TABLE: dict[str, Specialise] = {}
 

@@ -21,7 +21,7 @@ from cumla.sim.cohort import Cohort
 from cumla.sim.errors import KernelTrap
 from cumla.sim.isa.bulk import COMPLETES, GROUP, HINT, MULTICAST, REDUCTIONS
 from cumla.sim.isa.bulk_places import Barrier, Place, multicast, tell
-from cumla.sim.isa.table import Env, Op, Unsupported
+from cumla.sim.isa.table import Env, Op, Unsupported, needs
 from cumla.sim.isa.tensormap import MapReader
 from cumla.sim.memory.arena import WORDS
 from cumla.sim.memory.sequence import atomic, element_dtype
@@ -82,8 +82,7 @@ def reduce_tensor(ins: Instruction, env: Env) -> Op:
 
 def _head(ins: Instruction, env: Env, rest: list[str]) -> tuple[int, list[str]]:
     """The rank, and the modifiers behind it without .tile; refuses other modes by name."""
-    if env.target < 90:
-        raise Unsupported(f"{ins.name!r} for a target before sm_90")
+    needs(env, 90, ins)
     for word in rest:
         if word in OTHER_MODES:
             raise Unsupported(f"mode .{word} of tensor copies; .tile is known")

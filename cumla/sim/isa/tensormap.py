@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from cumla.sim.cohort import Cohort
 from cumla.sim.errors import KernelTrap
-from cumla.sim.isa.table import Env, Op, Unsupported, instruction
+from cumla.sim.isa.table import Env, Op, Unsupported, instruction, needs
 from cumla.sim.memory.access import reader, writer
 from cumla.sim.memory.arena import WORDS
 from cumla.sim.memory.spaces import CLUSTER, in_window
@@ -89,8 +89,7 @@ class MapReader:
 @instruction("tensormap")
 def tensormap(ins: Instruction, env: Env) -> Op:
     """tensormap.replace and tensormap.cp_fenceproxy."""
-    if env.target < 90:
-        raise Unsupported(f"{ins.name!r} for a target before sm_90")
+    needs(env, 90, ins)
     if ins.modifiers[:2] == ("replace", "tile"):
         return _replace(ins, env, list(ins.modifiers[2:]))
     if ins.modifiers[:1] == ("cp_fenceproxy",):

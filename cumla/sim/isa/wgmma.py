@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from cumla.sim.cohort import Cohort
 from cumla.sim.errors import KernelTrap, MemoryFault
 from cumla.sim.isa.convergence import waits_for_lanes, whole_warps
-from cumla.sim.isa.table import Env, Op, Unsupported, instruction, needs
+from cumla.sim.isa.table import Env, Op, Unsupported, instruction, needs, nothing
 from cumla.sim.isa.wgmma_operands import (
     CHUNK,
     ROWS,
@@ -53,9 +53,9 @@ def wgmma(ins: Instruction, env: Env) -> Op:
     if ins.modifiers[1:] != ("sync", "aligned"):
         raise Unsupported(f"form {ins.name!r}")
     if kind == "fence" and not ins.operands:
-        return _by_warp(ins, env, _nothing)
+        return _by_warp(ins, env, nothing)
     if kind == "commit_group" and not ins.operands:
-        return _by_warp(ins, env, _commit if env.tracked else _nothing)
+        return _by_warp(ins, env, _commit if env.tracked else nothing)
     if kind == "wait_group" and len(ins.operands) == 1:
         newest = ins.operands[0]
         if not isinstance(newest, Immediate) or newest.value < 0:
@@ -65,12 +65,8 @@ def wgmma(ins: Instruction, env: Env) -> Op:
         def wait(c: Cohort, newest: Array) -> None:
             c.wave.warpgroups.wait(c, number)
 
-        return _by_warp(ins, env, wait if env.tracked else _nothing, ("u32",))
+        return _by_warp(ins, env, wait if env.tracked else nothing, ("u32",))
     raise Unsupported(f"form {ins.name!r}")
-
-
-def _nothing(c: Cohort, *operands: Any) -> None:
-    return None
 
 
 def _commit(c: Cohort) -> None:
